@@ -1,0 +1,1 @@
+"""EffTrain-DS."""

@@ -1,0 +1,1 @@
+"""Atomic checkpoints of plain tensors."""

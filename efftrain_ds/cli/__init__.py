@@ -1,0 +1,1 @@
+"""The efftrain command, one file a verb."""

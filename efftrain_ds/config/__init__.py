@@ -1,0 +1,1 @@
+"""The efftrain section of the DeepSpeed JSON."""

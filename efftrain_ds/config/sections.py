@@ -1,0 +1,184 @@
+"""Models of the ``"efftrain"`` section. DeepSpeed's own keys (batch, ZeRO, precision, clipping) are never repeated."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, Field, model_validator
+
+from ..core.durations import parse_duration
+from ..core.strict import StrictModel
+
+
+def _check_duration(text: str) -> str:
+    parse_duration(text)
+    return text
+
+
+DurationText = Annotated[str, AfterValidator(_check_duration)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+class RunConfig(StrictModel):
+    """What is run and where its files go. Exactly one of `epochs` and `steps` is given."""
+
+    seed: int = Field(0, ge=0)
+    """Seed of every decision, sample order and augmentation."""
+    epochs: float | None = Field(None, gt=0)
+    """Budget in epochs at full cost (with a compute-paced method: "equivalent epochs")."""
+    steps: int | None = Field(None, gt=0)
+    """Budget in optimizer steps, where your own loop fixes it (embedded use)."""
+    output: str = "runs/default"
+    """Folder for checkpoints, TensorBoard, journal and the resolved configuration."""
+
+    @model_validator(mode="after")
+    def _one_budget(self) -> RunConfig:
+        if self.epochs is not None and self.steps is not None:
+            raise ValueError('give "epochs" or "steps", not both')
+        return self
+
+
+class EmaConfig(StrictModel):
+    """Exponential moving average of the fp32 master weights, sharded like the ZeRO partitions."""
+
+    decay: float = Field(0.9999, ge=0, lt=1)
+    """Weight of the old average in one step."""
+    warmup: bool = True
+    """Use min(decay, (1 + t) / (10 + t)) at step t, so that short runs have a useful average."""
+
+
+class ModelConfig(StrictModel):
+    """A timm classification model (used by launch/train.py; ignored in embedded use, except `ema`)."""
+
+    name: str = ""
+    """Name for timm.create_model."""
+    num_classes: int | None = Field(None, gt=0)
+    """Number of classes; null takes the data set's."""
+    pretrained: bool = False
+    """Start from timm's weights."""
+    drop_path: Fraction = 0.0
+    """Stochastic depth rate of the last block."""
+    kwargs: dict[str, Any] = {}
+    """Further keyword arguments of timm.create_model."""
+    ema: EmaConfig | None = None
+    """Keep an average of the weights and evaluate it too; null = off."""
+
+
+class RandAugmentConfig(StrictModel):
+    """RandAugment on the device, one draw a sample (semantics of timm's rand-mM-nN-mstdS-inc1-pP)."""
+
+    magnitude: float = Field(9.0, ge=0, le=10)
+    """Strength 0..10 where no curriculum sets it."""
+    num_ops: int = Field(2, ge=0)
+    """Operations applied to each sample."""
+    magnitude_std: float = Field(0.5, ge=0)
+    """Standard deviation of the noise on the magnitude."""
+    prob: Fraction = 0.5
+    """Probability that a chosen operation is applied."""
+
+
+class DataConfig(StrictModel):
+    """Shards and what is done to a sample."""
+
+    train: str = ""
+    """Folder with a manifest made by "efftrain shards build", or "bundled:fashion_mnist/train"."""
+    val: str | None = None
+    """Same for the held-out split; null = no evaluation."""
+    samples: int | None = Field(None, gt=0)
+    """Training samples, needed to plan where the shards are not at hand; checked against the manifest."""
+    resolution: int = Field(224, gt=0)
+    """Side of the training images in pixels at full cost."""
+    workers: int = Field(4, ge=0)
+    """Loader processes of each rank."""
+    prefetch: int = Field(2, ge=1)
+    """Batches each worker prepares ahead."""
+    streams: int | None = Field(None, gt=0)
+    """Streams of the sample order (null: from the world size of the first start, then kept by the checkpoint)."""
+    shuffle_block: int = Field(4096, gt=0)
+    """Samples shuffled together inside a stream."""
+    decoded_cache_mb: int = Field(0, ge=0)
+    """Memory of each worker for decoded images (useful for small data sets); 0 = off."""
+    scale: tuple[float, float] = (0.08, 1.0)
+    """Area range of RandomResizedCrop."""
+    ratio: tuple[float, float] = (0.75, 1.3333333333333333)
+    """Aspect range of RandomResizedCrop."""
+    interpolation: Literal["bicubic", "bilinear"] = "bicubic"
+    """Resampling of RandomResizedCrop and of the evaluation resize (antialiased)."""
+    flip: Fraction = 0.5
+    """Probability of a horizontal flip."""
+    randaugment: RandAugmentConfig | None = RandAugmentConfig()
+    """RandAugment; null = off."""
+    erasing: Fraction = 0.25
+    """Probability of random erasing (per-pixel noise)."""
+    mixup: float = Field(0.8, ge=0)
+    """Beta parameter of mixup; 0 = off."""
+    cutmix: float = Field(1.0, ge=0)
+    """Beta parameter of cutmix; 0 = off."""
+    mix_prob: Fraction = 1.0
+    """Probability that a batch is mixed at all."""
+    mix_switch: Fraction = 0.5
+    """Probability of cutmix where both are on."""
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
+    """Channel means in 0..1."""
+    std: tuple[float, ...] = (0.229, 0.224, 0.225)
+    """Channel standard deviations in 0..1."""
+    eval_crop: float = Field(0.875, gt=0, le=1)
+    """Evaluation resizes the short side to resolution / eval_crop and takes the centre."""
+    eval_batch: int | None = Field(None, gt=0)
+    """Samples of one rank in one evaluation step; null = 2 x the training micro-batch."""
+    max_bad_fraction: Fraction = 1e-4
+    """Share of unreadable training samples at which the run stops (below it they are counted and left out)."""
+
+
+class OptimConfig(StrictModel):
+    """Learning-rate schedule over progress, and the loss. The optimizer itself stands in DeepSpeed's section."""
+
+    schedule: Literal["cosine", "constant"] = "cosine"
+    """Shape after the warm-up."""
+    warmup: DurationText = "5%"
+    """Linear warm-up from 0: "20ep", "500st" or "5%" of the budget."""
+    min_lr: float = Field(1e-6, ge=0)
+    """Learning rate at the end."""
+    label_smoothing: Fraction = 0.1
+    """Label smoothing of the cross-entropy."""
+
+
+class CheckpointConfig(StrictModel):
+    """Checkpoints of plain tensors under output/checkpoints."""
+
+    every: DurationText | None = "1ep"
+    """Interval; null = only at the end."""
+    keep: int = Field(3, ge=1)
+    """Newest checkpoints to keep."""
+    resume: bool = True
+    """Go on from the newest checkpoint of the output folder if there is one."""
+
+
+class ObserveConfig(StrictModel):
+    """What is shown and logged."""
+
+    tensorboard: bool = True
+    """Write TensorBoard files under output/tensorboard."""
+    log_every: int = Field(50, gt=0)
+    """Optimizer steps between two run lines."""
+    images_every: DurationText | None = "25%"
+    """Interval of the pictures of the batch as the network sees it; null = off."""
+    eval_every: DurationText = "10%"
+    """Interval of the evaluations (one always follows the last step)."""
+
+
+class EffTrainConfig(StrictModel):
+    """The whole ``"efftrain"`` section."""
+
+    schema_: Literal[1] = Field(1, alias="schema")
+    """Version of this section's format."""
+    plugins: list[str] = []
+    """Modules to import first; they register further methods."""
+    run: RunConfig = RunConfig()
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    optim: OptimConfig = OptimConfig()
+    methods: dict[str, Any] = {}
+    """Methods that are on, by name; each value is that method's own configuration."""
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    observe: ObserveConfig = ObserveConfig()

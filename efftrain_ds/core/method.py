@@ -1,0 +1,112 @@
+"""The method protocol: every hook is optional and does nothing by default."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from .batch import Batch
+from .context import Context
+from .strict import StrictModel
+from .timeline import PlanSpec, Stage, Timeline
+
+PHASES = ("data", "model", "loss", "gradient", "weight")
+
+
+class Method:
+    """Base class of every training method (EfficientTrain, AutoProg, SViTE, ElasticViT, or your own).
+
+    A method is constructed with its validated configuration. Hooks are called in the order of `core.events.Event`;
+    methods run in the order of their `phase`, and `on_eval` exits in reverse.
+
+    Class attributes:
+        name: key under ``"efftrain": {"methods": {...}}``.
+        Config: strict model of that key's value.
+        phase: one of `PHASES`; decides the order between methods.
+        changes_parameters: may ask for a rebuild (refused by `wrap`).
+        changes_inputs: acts on the batch.
+        owns_loss: replaces the loss (at most one method of a run may).
+        conflicts_with: names of methods that cannot run beside this one.
+        needs: names of methods that must run beside this one.
+    """
+
+    name: ClassVar[str] = ""
+    Config: ClassVar[type[StrictModel]] = StrictModel
+    phase: ClassVar[str] = "model"
+    changes_parameters: ClassVar[bool] = False
+    changes_inputs: ClassVar[bool] = False
+    owns_loss: ClassVar[bool] = False
+    conflicts_with: ClassVar[tuple[str, ...]] = ()
+    needs: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(self, config: Any):
+        self.config = config
+
+    def plan(self, spec: PlanSpec) -> Timeline:
+        """Stages this method asks for. Pure: no device, shard or weight is touched.
+
+        Raises:
+            PlanError: the method cannot run under `spec`.
+        """
+        from .timeline import Segment
+
+        return Timeline((Segment(0.0, 1.0),))
+
+    def prepare_model(self, model: nn.Module) -> nn.Module:
+        """Change or check the module before ``deepspeed.initialize``; returns the module to train.
+
+        Raises:
+            ModelError: the method cannot take this model.
+        """
+        return model
+
+    def on_stage_enter(self, ctx: Context, stage: Stage) -> Any | None:
+        """Called at an optimizer boundary when a stage begins (also after a resume).
+
+        The only place where parameter shapes may change, by returning a rebuild request.
+        """
+        return None
+
+    def on_step_start(self, ctx: Context) -> None:
+        """Called before the first micro-batch of an optimizer step."""
+
+    def on_batch(self, ctx: Context, batch: Batch) -> Batch:
+        """Change inputs or targets, on the device."""
+        return batch
+
+    def loss(self, ctx: Context, outputs: Any, batch: Batch) -> Tensor | None:
+        """The loss of one micro-batch; only called when `owns_loss`."""
+        return None
+
+    def loss_term(self, ctx: Context, outputs: Any, batch: Batch) -> Tensor | None:
+        """A term to add to the loss, or None."""
+        return None
+
+    def on_boundary(self, ctx: Context) -> None:
+        """Called when the gradients of a step are complete, before ``engine.step()`` applies them."""
+
+    def on_step_end(self, ctx: Context, applied: bool) -> None:
+        """Called after the step; `applied` is False when the optimizer skipped it (overflow)."""
+
+    @contextmanager
+    def on_eval(self, ctx: Context) -> Iterator[None]:
+        """Entered around an evaluation."""
+        yield
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and plain types that a resume needs."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what `state_dict` returned."""
+
+    def scalars(self, ctx: Context) -> dict[str, float]:
+        """Values for the log, by TensorBoard tag."""
+        return {}
+
+    def describe(self, stage: Stage) -> str:
+        """A few words on `stage` for the screen, e.g. ``"B128"``."""
+        return ""

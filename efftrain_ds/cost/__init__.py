@@ -1,0 +1,1 @@
+"""Analytic MACs, throughput and the priced plan."""

@@ -1,0 +1,1 @@
+"""Shards, the position-exact reader and device-side augmentation."""

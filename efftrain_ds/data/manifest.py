@@ -1,0 +1,135 @@
+"""Identity of a data set: ``manifest.json`` and the memory-mapped sample table ``index.bin``.
+
+A row of the table points at the payload of one sample inside an uncompressed tar shard, so that a sample is read
+with one positioned read and no tar parsing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from ..core.errors import ShardError
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+INDEX = "index.bin"
+ROW = np.dtype(
+    [
+        ("shard", "<u4"),  # row of Manifest.shards
+        ("offset", "<u8"),  # first byte of the image payload in the tar file
+        ("size", "<u4"),  # bytes of the image payload
+        ("label", "<i4"),  # source class index
+        ("width", "<u2"),
+        ("height", "<u2"),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One tar file: name relative to the manifest, size in bytes, SHA-256 in hex, number of samples."""
+
+    name: str
+    bytes: int
+    sha256: str
+    n: int
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A split of a data set packed into shards; rows of the table are grouped by shard, in shard order."""
+
+    folder: Path
+    split: str
+    classes: tuple[str, ...]
+    shards: tuple[Shard, ...]
+    samples: int
+    index_sha256: str
+
+    @cached_property
+    def digest(self) -> str:
+        """Identity of the data set: hash of everything but the folder."""
+        return hashlib.sha256(json.dumps(self._document(), sort_keys=True).encode()).hexdigest()
+
+    @cached_property
+    def table(self) -> np.ndarray:
+        """Memory-mapped rows of dtype `ROW`, [samples].
+
+        Raises:
+            ShardError: the file is missing or has another length than the manifest says.
+        """
+        path = self.folder / INDEX
+        expected = self.samples * ROW.itemsize
+        found = path.stat().st_size if path.is_file() else -1
+        if found != expected:
+            what = "missing" if found < 0 else f"{found} bytes"
+            raise ShardError(
+                f"{path}: {what}, {self.samples} samples need {expected} bytes; run: efftrain shards audit"
+            )
+        if self.samples == 0:
+            return np.empty(0, ROW)
+        return np.memmap(path, dtype=ROW, mode="r")
+
+    @cached_property
+    def shard_starts(self) -> np.ndarray:
+        """First row of each shard and the total at the end, [shards + 1] int64."""
+        return np.concatenate([[0], np.cumsum([s.n for s in self.shards], dtype=np.int64)]).astype(np.int64)
+
+    def shard_path(self, shard: int) -> Path:
+        """Path of shard number `shard`."""
+        return self.folder / self.shards[shard].name
+
+    def _document(self) -> dict:
+        return {
+            "format": FORMAT,
+            "split": self.split,
+            "samples": self.samples,
+            "classes": list(self.classes),
+            "index_sha256": self.index_sha256,
+            "shards": [asdict(s) for s in self.shards],
+        }
+
+    def write(self) -> Path:
+        """Write ``manifest.json`` atomically; returns its path."""
+        path = self.folder / MANIFEST
+        partial = path.with_suffix(".partial")
+        partial.write_text(json.dumps(self._document(), indent=1) + "\n")
+        partial.replace(path)
+        return path
+
+
+def load_manifest(where: str | Path) -> Manifest:
+    """Read the manifest of a shard folder (or the path of the manifest itself).
+
+    Raises:
+        ShardError: no manifest there, not JSON, another format version, or counts that do not add up.
+    """
+    path = Path(where)
+    path = path / MANIFEST if path.is_dir() else path
+    if not path.is_file():
+        raise ShardError(f"{where}: no {MANIFEST} there; make shards with: efftrain shards build")
+    try:
+        document = json.loads(path.read_text())
+        version = document["format"]
+        if version != FORMAT:
+            raise ShardError(f"{path}: format {version}, this version reads format {FORMAT}")
+        manifest = Manifest(
+            folder=path.parent,
+            split=document["split"],
+            classes=tuple(document["classes"]),
+            shards=tuple(Shard(**shard) for shard in document["shards"]),
+            samples=document["samples"],
+            index_sha256=document["index_sha256"],
+        )
+    except (KeyError, TypeError, json.JSONDecodeError) as error:
+        raise ShardError(f"{path}: not a shard manifest ({type(error).__name__}: {error})") from error
+    total = sum(s.n for s in manifest.shards)
+    if total != manifest.samples:
+        raise ShardError(f"{path}: the shards hold {total} samples, the manifest says {manifest.samples}")
+    return manifest

@@ -1,0 +1,1 @@
+"""Method folders: one a method; none imports another."""

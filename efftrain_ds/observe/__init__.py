@@ -1,0 +1,1 @@
+"""Console, TensorBoard and journal."""
