@@ -19,7 +19,8 @@ class Batch:
         images: [N, C, H, W]; uint8 0..255 as it leaves the loader, floating point (normalised) for the model.
         labels: [N] int64; -100 where the sample is not valid.
         valid: [N] bool; False for samples that could not be read.
-        positions: [N] int64, place of each sample in the endless training order (-1 outside training).
+        positions: [N] int64, place of each sample in the endless training order (-1 outside training); stays on the
+            host, where the draws that it keys are made.
         ids: [N] int64, row of each sample in the data set's index (-1 when unknown).
         labels_b: [N] int64 partner labels of mixup/cutmix, or None.
         lam: weight of `labels` against `labels_b`, in [0, 1].
@@ -43,9 +44,9 @@ class Batch:
         return self.images.dtype != torch.uint8
 
     def to(self, device: torch.device | str, non_blocking: bool = True) -> Batch:
-        """Move every tensor to `device`; returns self."""
+        """Move every tensor but `positions` to `device`; returns self."""
         for name, value in vars(self).items():
-            if isinstance(value, Tensor):
+            if isinstance(value, Tensor) and name != "positions":
                 setattr(self, name, value.to(device, non_blocking=non_blocking))
         return self
 

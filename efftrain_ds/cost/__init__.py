@@ -1,1 +1,1 @@
-"""Analytic MACs, throughput and the priced plan."""
+"""What a run costs before it runs: analytic MACs, memory, measured throughput and the priced plan."""

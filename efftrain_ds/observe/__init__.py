@@ -1,1 +1,1 @@
-"""Console, TensorBoard and journal."""
+"""What the user sees of a run: meters, console, TensorBoard, pictures and the journal."""

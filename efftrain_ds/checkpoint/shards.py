@@ -1,0 +1,186 @@
+"""One rank's part of a checkpoint: its fragments of masters, moments and average as plain tensors, and an index.
+
+The index says which stretch of which parameter lies where, so any number of ranks and any ZeRO stage can read it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..core.errors import CheckpointError
+from ..zero.access import Layout
+
+
+def _own(tensor: Tensor) -> Tensor:
+    """Flattened CPU tensor that owns its storage (safetensors refuses shared storage)."""
+    flat = tensor.detach().reshape(-1)
+    if flat.device.type != "cpu":
+        return flat.cpu()
+    return flat if flat.untyped_storage().nbytes() == flat.numel() * flat.element_size() else flat.clone()
+
+
+def write_rank(
+    folder: Path,
+    rank: int,
+    layout: Layout,
+    shadow: list[Tensor] | None,
+    local: dict[str, Tensor],
+    plain: dict[str, Any],
+) -> list[Path]:
+    """Write the files of one rank; returns their paths.
+
+    Args:
+        folder: temporary checkpoint folder.
+        rank: this rank.
+        layout: where the state is.
+        shadow: tensors of the average, parallel to the flats, or None.
+        local: further tensors of this rank (buffers, RNG states).
+        plain: further JSON of this rank.
+    """
+    tensors = {f"local.{name}": _own(t).reshape(t.shape) for name, t in local.items()}
+    index: list[list] = []
+    scalars: list[dict] = []
+    if not (layout.replicated and rank > 0):
+        sources = {key: layout.tensors(key) for key in ["fp32", *layout.state_keys()]}
+        if shadow is not None:
+            sources["ema"] = shadow
+        for key, flats in sources.items():
+            for number, flat in enumerate(flats):
+                tensors[f"{key}.{number}"] = _own(flat)
+        index = [[f.name, f.start, f.length, f.flat, f.offset] for f in layout.fragments]
+        scalars = [layout.scalars(i) for i in range(len(layout.flats))]
+        plain = {**plain, "keys": list(sources)}
+    data, text = folder / f"rank-{rank:05d}.safetensors", folder / f"rank-{rank:05d}.json"
+    save_file(tensors, str(data))
+    text.write_text(json.dumps({**plain, "fragments": index, "scalars": scalars}) + "\n")
+    return [data, text]
+
+
+@dataclass
+class _Source:
+    path: Path
+    start: int
+    length: int
+    flat: int
+    offset: int
+    scalars: dict[str, float]
+
+
+class ShardReader:
+    """Read access to all ranks' fragments of one checkpoint.
+
+    Raises:
+        CheckpointError: a rank's index is not readable.
+    """
+
+    def __init__(self, folder: Path, world: int):
+        self.folder = folder
+        self.sources: dict[str, list[_Source]] = {}
+        self.keys: list[str] = []
+        self._open: dict[Path, Any] = {}
+        for rank in range(world):
+            document = self.rank_document(rank)
+            self.keys = document.get("keys", self.keys)
+            path = folder / f"rank-{rank:05d}.safetensors"
+            for name, start, length, flat, offset in document["fragments"]:
+                source = _Source(path, start, length, flat, offset, document["scalars"][flat])
+                self.sources.setdefault(name, []).append(source)
+
+    def rank_document(self, rank: int) -> dict:
+        """JSON of one rank."""
+        path = self.folder / f"rank-{rank:05d}.json"
+        try:
+            return json.loads(path.read_text())
+        except (OSError, json.JSONDecodeError) as error:
+            raise CheckpointError(f"{path}: {error}") from error
+
+    def local(self, rank: int) -> dict[str, Tensor]:
+        """Further tensors of one rank."""
+        handle = self._handle(self.folder / f"rank-{rank:05d}.safetensors")
+        return {k[len("local.") :]: handle.get_tensor(k) for k in handle.keys() if k.startswith("local.")}
+
+    def _handle(self, path: Path) -> Any:
+        if path not in self._open:
+            self._open[path] = safe_open(str(path), framework="pt", device="cpu")
+        return self._open[path]
+
+    def check(self, shapes: dict[str, torch.Size]) -> None:
+        """Compare names and element counts with the model's.
+
+        Raises:
+            CheckpointError: parameters are missing, unknown or of another size.
+        """
+        missing = sorted(set(shapes) - set(self.sources))
+        unknown = sorted(set(self.sources) - set(shapes))
+        sizes = [
+            f"{name} has {sum(s.length for s in self.sources[name])} elements, the model's has {shapes[name].numel()}"
+            for name in sorted(set(shapes) & set(self.sources))
+            if sum(s.length for s in self.sources[name]) != shapes[name].numel()
+        ]
+        found = [f"not in the checkpoint: {', '.join(missing[:5])}"] if missing else []
+        found += [f"not in the model: {', '.join(unknown[:5])}"] if unknown else []
+        found += sizes[:5]
+        if found:
+            raise CheckpointError(f"{self.folder}: the checkpoint belongs to another model\n  " + "\n  ".join(found))
+
+    def pieces(self, name: str, start: int, length: int, key: str) -> Iterator[tuple[int, Tensor]]:
+        """(offset in the wanted stretch, values) for every stored piece that overlaps it."""
+        for source in self.sources[name]:
+            low, high = max(start, source.start), min(start + length, source.start + source.length)
+            if low < high:
+                first = source.offset + low - source.start
+                view = self._handle(source.path).get_slice(f"{key}.{source.flat}")
+                yield low - start, view[first : first + high - low]
+
+    def scalars_of(self, name: str) -> dict[str, float]:
+        """Step count and the like of one parameter."""
+        return self.sources[name][0].scalars
+
+
+@torch.no_grad()
+def read_into(reader: ShardReader, layout: Layout, shadow: list[Tensor] | None, optimizer_state: bool = True) -> None:
+    """Fill the masters, the optimizer state and the average of this rank. The caller refreshes the weights.
+
+    Raises:
+        CheckpointError: the checkpoint belongs to another model.
+    """
+    reader.check(layout.shapes)
+    for key in reader.keys:
+        if key == "ema":
+            targets = shadow
+        elif key == "fp32":
+            targets = layout.tensors("fp32")
+        else:
+            targets = layout.tensors(key) if optimizer_state else None
+        if targets is None:
+            continue
+        for fragment in layout.fragments:
+            view = layout.values(fragment, targets)
+            for at, values in reader.pieces(fragment.name, fragment.start, fragment.length, key):
+                view[at : at + values.numel()].copy_(values)
+    if "ema" not in reader.keys and shadow is not None:
+        for target, master in zip(shadow, layout.tensors("fp32"), strict=True):
+            target.copy_(master)
+    if not optimizer_state:
+        return
+    seen: dict[int, dict[str, float]] = {}
+    for fragment in layout.fragments:
+        seen.setdefault(fragment.flat, {}).update(reader.scalars_of(fragment.name))
+    for number, values in seen.items():
+        layout.set_scalars(number, values)
+    # a flat that holds only padding on this rank still needs the step of its group
+    fallback = next(iter(seen.values()), {})
+    if not seen and reader.sources:
+        fallback = reader.scalars_of(next(iter(reader.sources)))
+    for number in range(len(layout.flats)):
+        if number not in seen and fallback:
+            layout.set_scalars(number, fallback)

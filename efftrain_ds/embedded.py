@@ -1,0 +1,60 @@
+"""The plan of an embedded run: the user's own loop, the stages of the configured methods."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import nn
+
+from .config.deepspeed_keys import batch_sizes
+from .config.loader import LoadedConfig
+from .core.errors import ConfigError
+from .core.method import Method
+from .core.timeline import PlanSpec, Schedule, merge_timelines
+
+
+def embedded_schedule(
+    loaded: LoadedConfig,
+    methods: Sequence[Method],
+    model: nn.Module,
+    *,
+    world: int,
+    batch: tuple[int, int] | None = None,
+) -> Schedule:
+    """Stages for a loop that the user owns; its optimizer steps are counted, its batch is left alone.
+
+    Args:
+        loaded: the configuration.
+        methods: active methods in run order.
+        model: the user's module; only its stride is read.
+        world: number of data-parallel ranks.
+        batch: (global batch, micro-batch) of an engine that exists; None reads them from DeepSpeed's section.
+
+    Raises:
+        ConfigError: the length of the run is not given.
+        PlanError: a method cannot run.
+    """
+    from .models.adapters import model_stride
+
+    run, data = loaded.efftrain.run, loaded.efftrain.data
+    if run.steps is None and (run.epochs is None or data.samples is None):
+        raise ConfigError(
+            "efftrain.run.steps: missing; methods with stages need the number of optimizer steps of your loop "
+            "(or efftrain.run.epochs together with efftrain.data.samples)"
+        )
+    if batch is None:
+        sizes = batch_sizes(loaded.deepspeed, world)
+        batch = (sizes.batch, sizes.micro_batch)
+    spec = PlanSpec(
+        seed=loaded.efftrain.run.seed,
+        epochs=run.epochs or 0.0,
+        samples=data.samples or 0,
+        batch=batch[0],
+        micro_batch=batch[1],
+        world=world,
+        resolution=data.resolution,
+        stride=model_stride(model),
+        steps=run.steps,
+        model=type(model).__name__,
+    )
+    return merge_timelines([method.plan(spec) for method in methods], spec)

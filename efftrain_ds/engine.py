@@ -1,0 +1,475 @@
+"""`EfficientEngine`: a proxy that owns the current DeepSpeedEngine, fires the events and never goes stale.
+
+Three depths of use: (1) `initialize` with DeepSpeed's signature and an unchanged loop; (2) the same plus
+`prepare_batch` and `loss`; (3) our trainer. `wrap` serves an engine that exists already.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from .checkpoint import store
+from .config.loader import LoadedConfig, load_config
+from .core.batch import Batch
+from .core.compose import compose
+from .core.context import Context
+from .core.errors import CheckpointError, ConfigError, RebuildError
+from .core.method import Method
+from .core.registry import get_method
+from .core.timeline import Schedule, Stage
+from .embedded import embedded_schedule
+from .zero import access
+from .zero.ema import ShardedEma
+
+_HOOKS = ("on_stage_enter", "on_step_start", "on_batch", "on_boundary", "on_step_end", "loss_term")
+
+
+def build_methods(config: LoadedConfig) -> list[Method]:
+    """Instances of the configured methods, in run order.
+
+    Raises:
+        ConfigError: methods that cannot run together.
+    """
+    return compose([get_method(name)(settings) for name, settings in config.methods.items()])
+
+
+class EfficientEngine:
+    """Proxy around the current DeepSpeedEngine.
+
+    Attributes that are not its own are read from, and written to, the DeepSpeedEngine, so code written for DeepSpeed
+    goes on working.
+
+    Attributes:
+        deepspeed_engine: the current DeepSpeedEngine.
+        methods: active methods in run order.
+        schedule: stages of the run, or None without a plan.
+        context: what the methods see.
+        ema: average of the weights, or None.
+    """
+
+    def __init__(
+        self,
+        engine: Any,
+        *,
+        methods: Sequence[Method] = (),
+        schedule: Schedule | None = None,
+        seed: int = 0,
+        ema: ShardedEma | None = None,
+        owns_batch: bool = False,
+        record: Callable[..., None] | None = None,
+    ):
+        own = self.__dict__
+        own["deepspeed_engine"] = engine
+        own["methods"] = list(methods)
+        own["schedule"] = schedule
+        own["ema"] = ema
+        own["context"] = Context(
+            engine=self,
+            schedule=schedule,
+            seed=seed,
+            rank=dist.get_rank() if dist.is_initialized() else 0,
+            world=dist.get_world_size() if dist.is_initialized() else 1,
+            device=torch.device(engine.device),
+        )
+        if record is not None:
+            self.context.record = record
+        own["_owns_batch"] = owns_batch
+        own["_begun"] = False
+        own["_prepared"] = None
+        own["_hooks"] = {
+            hook: [m for m in methods if getattr(type(m), hook) is not getattr(Method, hook)] for hook in _HOOKS
+        }
+        own["_loss_owner"] = next((m for m in methods if m.owns_loss), None)
+        own["_plain"] = not methods and schedule is None and ema is None
+
+    # -- the proxy ---------------------------------------------------------------------------------------------
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["deepspeed_engine"], name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in self.__dict__ or hasattr(type(self), name):
+            object.__setattr__(self, name, value)
+        else:
+            setattr(self.deepspeed_engine, name, value)
+
+    def __call__(self, *inputs: Any, **kwargs: Any) -> Any:
+        """Forward pass; in training the methods see the first input unless `prepare_batch` was used on it."""
+        if not self._plain and self.deepspeed_engine.module.training:
+            self.begin_step()
+            if (
+                self._hooks["on_batch"]
+                and inputs
+                and isinstance(inputs[0], Tensor)
+                and not self._is_prepared(inputs[0])
+            ):
+                inputs = (self._run_on_batch(Batch(images=inputs[0])).images, *inputs[1:])
+        return self.deepspeed_engine(*inputs, **kwargs)
+
+    forward = __call__
+
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """DeepSpeed's backward."""
+        return self.deepspeed_engine.backward(loss, *args, **kwargs)
+
+    # -- the loop ----------------------------------------------------------------------------------------------
+
+    @property
+    def step_index(self) -> int:
+        """Optimizer steps completed (skipped ones included)."""
+        return self.context.step
+
+    @property
+    def stage(self) -> Stage | None:
+        """The stage of the current step."""
+        return self.schedule.stage_at(self.context.step) if self.schedule is not None else None
+
+    def begin_step(self) -> None:
+        """Enter the stage and start the step if this is the first micro-batch; called by the forward pass too.
+
+        Raises:
+            RebuildError: a method asks for a change of parameters, which this version cannot carry out.
+        """
+        if self._begun:
+            return
+        ctx = self.context
+        self._begun = True
+        if self.schedule is not None:
+            stage = self.schedule.stage_at(ctx.step)
+            if stage is not ctx.stage:
+                self._enter_stage(stage)
+        for method in self._hooks["on_step_start"]:
+            method.on_step_start(ctx)
+
+    def _enter_stage(self, stage: Stage) -> None:
+        ctx = self.context
+        ctx.stage = stage
+        requests = [method.on_stage_enter(ctx, stage) for method in self._hooks["on_stage_enter"]]
+        if any(request is not None for request in requests):
+            raise RebuildError(f"stage {stage.index}: changing parameters during a run is not possible in this version")
+        if self._owns_batch:
+            access.set_batch(self.deepspeed_engine, stage.micro_batch, stage.accumulation)
+        ctx.record(
+            "stage",
+            index=stage.index,
+            start_step=stage.start_step,
+            settings=dict(stage.settings),
+            micro_batch=stage.micro_batch,
+            accumulation=stage.accumulation,
+        )
+
+    def _is_prepared(self, images: Tensor) -> bool:
+        return self._prepared is not None and self._prepared() is images
+
+    def _run_on_batch(self, batch: Batch) -> Batch:
+        for method in self._hooks["on_batch"]:
+            batch = method.on_batch(self.context, batch)
+        self._prepared = weakref.ref(batch.images)
+        return batch
+
+    def prepare_batch(self, images: Tensor | Batch, labels: Tensor | None = None) -> Any:
+        """Let the methods act on a batch on the device.
+
+        Args:
+            images: [N, C, H, W], or a `Batch`.
+            labels: [N] or None.
+
+        Returns:
+            (images, labels), or the `Batch` where one was given.
+        """
+        self.begin_step()
+        batch = images if isinstance(images, Batch) else Batch(images=images, labels=labels)
+        batch = self._run_on_batch(batch)
+        return batch if isinstance(images, Batch) else (batch.images, batch.labels)
+
+    def loss(self, outputs: Any, batch: Any, default: Callable[[Any, Any], Tensor] | None = None) -> Tensor:
+        """The loss of the method that owns it, else ``default(outputs, batch)``, plus the other methods' terms.
+
+        Raises:
+            ConfigError: no method owns the loss and there is no default.
+        """
+        if self._loss_owner is not None:
+            total = self._loss_owner.loss(self.context, outputs, batch)
+        elif default is not None:
+            total = default(outputs, batch)
+        else:
+            raise ConfigError("engine.loss: no configured method owns the loss; pass default=")
+        for method in self._hooks["loss_term"]:
+            term = method.loss_term(self.context, outputs, batch)
+            if term is not None:
+                total = total + term
+        return total
+
+    def step(self, *args: Any, **kwargs: Any) -> None:
+        """DeepSpeed's step; at the boundary the methods act before and after it."""
+        engine = self.deepspeed_engine
+        if self._plain:
+            if engine.is_gradient_accumulation_boundary():
+                self.context.step += 1
+            engine.step(*args, **kwargs)
+            return
+        boundary = engine.is_gradient_accumulation_boundary()
+        ctx = self.context
+        if boundary:
+            for method in self._hooks["on_boundary"]:
+                method.on_boundary(ctx)
+        engine.step(*args, **kwargs)
+        if boundary:
+            applied = engine.was_step_applied()
+            if applied and self.ema is not None:
+                self.ema.update()
+            for method in self._hooks["on_step_end"]:
+                method.on_step_end(ctx, applied)
+            ctx.step += 1
+            self._begun = False
+
+    @contextmanager
+    def evaluating(self, ema: bool = False) -> Iterator[None]:
+        """Evaluation mode; the methods' `on_eval` is entered in run order and left in reverse.
+
+        Args:
+            ema: compute with the average of the weights (collective).
+
+        Raises:
+            ConfigError: `ema` is asked for and there is none.
+        """
+        if ema and self.ema is None:
+            raise ConfigError("no average is kept; set efftrain.model.ema")
+        module = self.deepspeed_engine.module
+        was_training = module.training
+        with ExitStack() as stack:
+            for method in self.methods:
+                stack.enter_context(method.on_eval(self.context))
+            if ema:
+                stack.enter_context(self.ema.swap())
+            self.deepspeed_engine.eval()
+            try:
+                yield
+            finally:
+                self.deepspeed_engine.train(was_training)
+
+    # -- state -------------------------------------------------------------------------------------------------
+
+    def efftrain_state(self) -> dict[str, Any]:
+        """Step and methods' state: tensors and plain types."""
+        return {"step": self.context.step, "methods": {m.name: m.state_dict() for m in self.methods}}
+
+    def load_efftrain_state(self, state: dict[str, Any]) -> None:
+        """Restore what `efftrain_state` returned; the next step enters its stage anew.
+
+        Raises:
+            CheckpointError: the state of other methods.
+        """
+        saved, active = sorted(state["methods"]), sorted(m.name for m in self.methods)
+        if saved != active:
+            raise CheckpointError(f"the checkpoint was made with methods {saved}, this run has {active}")
+        for method in self.methods:
+            method.load_state_dict(state["methods"][method.name])
+        self.context.step = state["step"]
+        self.context.stage = None
+        self._begun = False
+
+    def save_checkpoint(
+        self,
+        save_dir: str | Path,
+        tag: str | None = None,
+        client_state: dict[str, Any] | None = None,
+        save_latest: bool = True,
+        exclude_frozen_parameters: bool = False,
+        *,
+        keep: int | None = None,
+    ) -> bool:
+        """Save the whole state in the checkpoint store (plain tensors, any ZeRO stage and world size on load).
+
+        Same arguments as DeepSpeed's; `client_state` holds plain types and tensors. Collective.
+
+        Raises:
+            CheckpointError: writing failed, or accumulation is in flight.
+        """
+        if exclude_frozen_parameters:
+            raise CheckpointError("save_checkpoint: exclude_frozen_parameters=True is not supported")
+        store.save(
+            self.deepspeed_engine,
+            save_dir,
+            step=self.context.step,
+            tag=tag,
+            ema=self.ema,
+            keep=keep,
+            latest=save_latest,
+            extra={"efftrain": self.efftrain_state(), "client": client_state or {}},
+        )
+        return True
+
+    def load_checkpoint(
+        self,
+        load_dir: str | Path,
+        tag: str | None = None,
+        load_module_strict: bool = True,
+        load_optimizer_states: bool = True,
+        load_lr_scheduler_states: bool = True,
+        load_module_only: bool = False,
+        custom_load_fn: Callable | None = None,
+    ) -> tuple[str | None, dict[str, Any] | None]:
+        """Load a checkpoint made by `save_checkpoint`; returns (path, client_state) or (None, None). Collective.
+
+        Raises:
+            CheckpointError: damaged, or of another model.
+        """
+        if custom_load_fn is not None or not load_module_strict:
+            raise CheckpointError("load_checkpoint: only strict loading without custom_load_fn is supported")
+        path = store.find(load_dir, tag)
+        if path is None:
+            return None, None
+        full = load_optimizer_states and not load_module_only
+        loaded = store.load(
+            self.deepspeed_engine,
+            path,
+            ema=self.ema,
+            optimizer_state=full,
+            scheduler_state=load_lr_scheduler_states and not load_module_only,
+        )
+        if full:
+            self.load_efftrain_state(loaded.extra["efftrain"])
+        return str(path), loaded.extra["client"]
+
+
+def _resolve_config(args: Any, config: Any, config_params: Any) -> tuple[Any, Any]:
+    """The configuration and the args object without it (DeepSpeed accepts only one of the two)."""
+    found = config if config is not None else config_params
+    from_args = getattr(args, "deepspeed_config", None)
+    if from_args is not None:
+        if found is not None:
+            raise ConfigError("the configuration is given twice: in args.deepspeed_config and as config=")
+        found, args = from_args, copy.copy(args)
+        args.deepspeed_config = None
+    if found is None:
+        raise ConfigError("no configuration: pass config= (path or dict) or --deepspeed_config")
+    return found, args
+
+
+def _world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def initialize(
+    args: Any = None,
+    model: nn.Module | None = None,
+    optimizer: Any = None,
+    model_parameters: Any = None,
+    training_data: Any = None,
+    lr_scheduler: Any = None,
+    distributed_port: int = 29500,
+    mpu: Any = None,
+    dist_init_required: bool | None = None,
+    collate_fn: Callable | None = None,
+    config: Any = None,
+    mesh_param: Any = None,
+    config_params: Any = None,
+    *,
+    schedule: Schedule | None = None,
+    methods: Sequence[Method] | None = None,
+    owns_batch: bool = False,
+    record: Callable[..., None] | None = None,
+) -> tuple[EfficientEngine, Any, Any, Any]:
+    """``deepspeed.initialize`` with the ``"efftrain"`` section of the configuration carried out.
+
+    Takes DeepSpeed's arguments and returns its four values, the engine being an `EfficientEngine`. DeepSpeed never
+    sees our section. The keyword-only arguments are for a trainer that plans by itself.
+
+    Args:
+        schedule: stages made beforehand; None plans from ``efftrain.run.steps`` (or epochs and samples).
+        methods: instances made beforehand, in run order.
+        owns_batch: let stages set DeepSpeed's micro-batch and accumulation.
+        record: journal function.
+
+    Raises:
+        ConfigError: the configuration is wrong. Nothing was started.
+        PlanError: the plan cannot run.
+        ModelError: a method cannot take this model.
+    """
+    if model is None:
+        raise ConfigError("initialize: a model is required")
+    found, args = _resolve_config(args, config, config_params)
+    loaded = found if isinstance(found, LoadedConfig) else load_config(found, world=_world_size())
+    chosen = list(methods) if methods is not None else build_methods(loaded)
+    if schedule is None and chosen:
+        schedule = embedded_schedule(loaded, chosen, model, world=_world_size())
+    for method in chosen:
+        model = method.prepare_model(model)
+    engine, ds_optimizer, loader, scheduler = deepspeed.initialize(
+        args=args,
+        model=model,
+        optimizer=optimizer,
+        model_parameters=model_parameters,
+        training_data=training_data,
+        lr_scheduler=lr_scheduler,
+        distributed_port=distributed_port,
+        mpu=mpu,
+        dist_init_required=dist_init_required,
+        collate_fn=collate_fn,
+        config=loaded.deepspeed,
+        mesh_param=mesh_param,
+    )
+    proxy = _attach(engine, loaded, chosen, schedule, owns_batch, record)
+    return proxy, ds_optimizer, loader, scheduler
+
+
+def wrap(engine: Any, config: Any = None) -> EfficientEngine:
+    """Give an existing DeepSpeedEngine the methods of `config` (those that do not change parameters).
+
+    Args:
+        engine: a DeepSpeedEngine before its first step.
+        config: path or dictionary with an ``"efftrain"`` section; None means no method.
+
+    Raises:
+        ConfigError: the configuration is wrong, or a method would change parameters.
+        ModelError: a method cannot take this model, or would replace it.
+    """
+    document = copy.deepcopy(config) if isinstance(config, dict) else config
+    loaded = load_config(document if document is not None else {})
+    chosen = build_methods(loaded)
+    refused = [m.name for m in chosen if m.changes_parameters]
+    if refused:
+        raise ConfigError(f"wrap: {', '.join(refused)} changes parameters; use efftrain_ds.initialize instead")
+    batch = (engine.train_batch_size(), engine.train_micro_batch_size_per_gpu())
+    schedule = embedded_schedule(loaded, chosen, engine.module, world=_world_size(), batch=batch) if chosen else None
+    for method in chosen:
+        if method.prepare_model(engine.module) is not engine.module:
+            raise ConfigError(f"wrap: {method.name} replaces the model; use efftrain_ds.initialize instead")
+    return _attach(engine, loaded, chosen, schedule, False, None)
+
+
+def _attach(
+    engine: Any,
+    loaded: LoadedConfig,
+    methods: list[Method],
+    schedule: Schedule | None,
+    owns_batch: bool,
+    record: Callable[..., None] | None,
+) -> EfficientEngine:
+    average = loaded.efftrain.model.ema
+    ema = None
+    if methods or average is not None:
+        access.check_version()
+    if average is not None:
+        ema = ShardedEma(access.layout_of(engine), average.decay, average.warmup)
+    return EfficientEngine(
+        engine,
+        methods=methods,
+        schedule=schedule,
+        seed=loaded.efftrain.run.seed,
+        ema=ema,
+        owns_batch=owns_batch,
+        record=record,
+    )

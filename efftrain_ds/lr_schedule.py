@@ -1,0 +1,57 @@
+"""Learning rate as a function of progress, in the form DeepSpeed expects of a scheduler."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .core.lr import learning_rate
+from .core.timeline import Schedule
+
+
+class ProgressLR:
+    """Warm-up and decay over the share of the budget that is spent (EfficientTrain++ code release, lr(p)).
+
+    The rate of step i is taken in the middle of the step, and is set by `set_step` before it; DeepSpeed's own call of
+    `step` after each applied step does nothing, so a skipped step (fp16 overflow) does not shift the schedule.
+
+    Args:
+        optimizer: its groups' ``lr`` are the peak values.
+        schedule: stages of the run.
+        warmup: share of the budget in [0, 1).
+        min_lr: rate at the end.
+        shape: "cosine" or "constant".
+    """
+
+    def __init__(self, optimizer: Any, schedule: Schedule, *, warmup: float, min_lr: float, shape: str):
+        self.optimizer = optimizer
+        self.schedule = schedule
+        self.warmup, self.min_lr, self.shape = warmup, min_lr, shape
+        self.base_lrs = [float(group["lr"]) for group in optimizer.param_groups]
+        self.current = 0
+        self.set_step(0)
+
+    def set_step(self, step: int) -> None:
+        """Write the rate of optimizer step `step` into the groups."""
+        self.current = step
+        p = self.schedule.progress(step + 0.5)
+        for group, base in zip(self.optimizer.param_groups, self.base_lrs, strict=True):
+            group["lr"] = learning_rate(
+                p, base=base, warmup=self.warmup, min_lr=min(self.min_lr, base), schedule=self.shape
+            )
+
+    def step(self, *_: Any, **__: Any) -> None:
+        """Nothing: see the class."""
+
+    def get_lr(self) -> list[float]:
+        """Rates of the groups."""
+        return [group["lr"] for group in self.optimizer.param_groups]
+
+    get_last_lr = get_lr
+
+    def state_dict(self) -> dict[str, Any]:
+        """The step; the rest comes from the configuration."""
+        return {"current": self.current}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a step."""
+        self.set_step(state["current"])

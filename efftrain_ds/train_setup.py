@@ -1,0 +1,276 @@
+"""Everything a run needs, built from the configuration: devices, data, plan, model, engine."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import resource
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
+
+from .config.loader import LoadedConfig
+from .core.durations import parse_duration
+from .core.rng import derive_seed
+from .core.timeline import Schedule, Stage
+from .cost.plan import PricedPlan
+from .cost.throughput import Throughput, load_throughput, machine_name, profile_key
+from .data import bundled
+from .data.augment import DeviceAugment
+from .data.evaluation import EvalLoader
+from .data.loader import TicketSpec, TrainLoader
+from .data.manifest import Manifest, load_manifest
+from .engine import EfficientEngine, initialize
+from .lr_schedule import ProgressLR
+from .models.adapters import create_model, no_weight_decay_groups
+from .planning import make_plan, make_schedule, precision_of, zero_stage_of
+
+logger = logging.getLogger(__name__)
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass
+class Run:
+    """The parts of a run."""
+
+    config: LoadedConfig
+    output: Path
+    rank: int
+    world: int
+    device: torch.device
+    plan: PricedPlan
+    schedule: Schedule
+    engine: EfficientEngine
+    scheduler: ProgressLR | None
+    augment: DeviceAugment
+    train_manifest: Manifest
+    val_manifest: Manifest | None
+    loader: TrainLoader
+    val_loader: EvalLoader | None
+    num_classes: int
+    precision: str
+
+
+def start_processes(config: LoadedConfig) -> tuple[int, int, torch.device]:
+    """Join the process group; returns rank, world size and device. Without a launcher the run has one rank."""
+    if "RANK" not in os.environ:
+        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1")
+        os.environ.setdefault("MASTER_PORT", "0" if not dist.is_initialized() else "29500")
+        if os.environ["MASTER_PORT"] == "0":
+            os.environ["MASTER_PORT"] = str(_free_port())
+    accelerator = get_accelerator()
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    if accelerator.device_name() == "cpu":
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local))
+    else:
+        accelerator.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    deepspeed.init_distributed(accelerator.communication_backend_name(), verbose=False)
+    return dist.get_rank(), dist.get_world_size(), torch.device(accelerator.current_device_name())
+
+
+def _free_port() -> int:
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def schedule_digest(schedule: Schedule) -> str:
+    """Identity of a plan as far as a resume must keep it: stages, settings, batch and seed, not the world size."""
+    rows = [[s.start_step, s.end_step, s.batch, sorted(s.settings.items())] for s in schedule.stages]
+    text = json.dumps([rows, schedule.spec.seed, schedule.pacing], sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def shortened(schedule: Schedule, steps: int) -> Schedule:
+    """A few steps of every different kind of stage, for measuring how long a step takes."""
+    stages: list[Stage] = []
+    seen, first = set(), 0
+    for stage in schedule.stages:
+        key = (stage.settings.get("bandwidth"), stage.micro_batch, stage.accumulation, stage.pace)
+        if key in seen:
+            continue
+        seen.add(key)
+        last = first + min(steps, max(stage.steps, 2))
+        stages.append(replace(stage, index=len(stages), start_step=first, end_step=last))
+        first = last
+    edges = [i / len(stages) for i in range(len(stages) + 1)]
+    stages = [replace(s, p_start=a, p_end=b) for s, a, b in zip(stages, edges, edges[1:], strict=False)]
+    return Schedule(tuple(stages), schedule.spec, schedule.pacing)
+
+
+def _profile(path: Path, config: LoadedConfig, world: int) -> Throughput | None:
+    """The throughput profile of the output folder, where it was made for this model, world size and machine."""
+    if not path.is_file():
+        return None
+    profile = load_throughput(path)
+    key = profile_key(config.efftrain.model.name, precision_of(config.deepspeed), zero_stage_of(config.deepspeed))
+    fits = (profile.key, profile.world, profile.machine) == (key, world, machine_name())
+    return profile if fits else None
+
+
+def build(config: LoadedConfig, output: Path, record: Any, *, measure_steps: int | None = None) -> Run:
+    """Build all parts of a run. Collective.
+
+    Raises:
+        EffTrainError: whatever is wrong with the configuration, the data or the model; nothing was trained.
+    """
+    section = config.efftrain
+    rank, world, device = start_processes(config)
+    train_manifest = load_manifest(bundled.resolve(section.data.train))
+    val_manifest = load_manifest(bundled.resolve(section.data.val)) if section.data.val is not None else None
+    num_classes = section.model.num_classes or len(train_manifest.classes)
+    plan = make_plan(
+        config,
+        world=world,
+        samples=train_manifest.samples,
+        throughput=_profile(output / "throughput.json", config, world),
+    )
+    schedule, methods = make_schedule(config, world=world, samples=train_manifest.samples, num_classes=num_classes)
+    if measure_steps is not None:
+        schedule = shortened(schedule, measure_steps)
+    torch.manual_seed(derive_seed(section.run.seed, "model"))
+    model = create_model(
+        section.model.name,
+        resolution=section.data.resolution,
+        num_classes=num_classes,
+        drop_path=section.model.drop_path,
+        dynamic=any(m.changes_inputs for m in methods),
+        pretrained=section.model.pretrained,
+        **section.model.kwargs,
+    )
+    scheduler_box: list[ProgressLR] = []
+    decay = (config.deepspeed.get("optimizer") or {}).get("params", {}).get("weight_decay", 0.0)
+    engine, *_ = initialize(
+        model=model,
+        model_parameters=no_weight_decay_groups(model, decay),
+        lr_scheduler=None if "scheduler" in config.deepspeed else _scheduler_factory(config, schedule, scheduler_box),
+        config=config,
+        schedule=schedule,
+        methods=methods,
+        owns_batch=True,
+        record=record,
+    )
+    # every rank drops other paths; all of them are restored by a resume
+    torch.manual_seed(derive_seed(section.run.seed, "rank", rank))
+    precision = precision_of(config.deepspeed)
+    augment, loader, val_loader = _data(
+        config, output, train_manifest, val_manifest, schedule, rank, world, num_classes
+    )
+    augment.dtype = _DTYPES[precision]
+    return Run(
+        config,
+        output,
+        rank,
+        world,
+        device,
+        plan,
+        schedule,
+        engine,
+        scheduler_box[0] if scheduler_box else None,
+        augment,
+        train_manifest,
+        val_manifest,
+        loader,
+        val_loader,
+        num_classes,
+        precision,
+    )
+
+
+def _scheduler_factory(config: LoadedConfig, schedule: Schedule, box: list[ProgressLR]) -> Any:
+    optim = config.efftrain.optim
+    spec = schedule.spec
+    per_epoch = spec.samples / spec.batch if spec.samples else schedule.total_steps
+    steps = parse_duration(optim.warmup).steps(per_epoch, schedule.total_steps) or 0
+    unit = parse_duration(optim.warmup).unit
+    warmup = parse_duration(optim.warmup).value / 100 if unit == "%" else schedule.progress(steps)
+
+    def make(optimizer: Any) -> ProgressLR:
+        box.append(ProgressLR(optimizer, schedule, warmup=warmup, min_lr=optim.min_lr, shape=optim.schedule))
+        return box[0]
+
+    return make
+
+
+def _data(
+    config: LoadedConfig,
+    output: Path,
+    train: Manifest,
+    val: Manifest | None,
+    schedule: Schedule,
+    rank: int,
+    world: int,
+    num_classes: int,
+) -> tuple[DeviceAugment, TrainLoader, EvalLoader | None]:
+    data, seed = config.efftrain.data, config.efftrain.run.seed
+    augment = DeviceAugment(
+        seed=seed,
+        flip=data.flip,
+        randaugment=data.randaugment.model_dump() if data.randaugment is not None else None,
+        erasing=data.erasing,
+        mixup=data.mixup,
+        cutmix=data.cutmix,
+        mix_prob=data.mix_prob,
+        mix_switch=data.mix_switch,
+        mean=data.mean,
+        std=data.std,
+    )
+
+    def spec_at(consumed: int) -> TicketSpec | None:
+        if consumed >= schedule.total_samples:
+            return None
+        stage = schedule.stage_at(schedule.step_of(consumed))
+        return TicketSpec(stage.batch, stage.micro_batch)
+
+    loader = TrainLoader(
+        train,
+        seed=seed,
+        rank=rank,
+        world=world,
+        spec_at=spec_at,
+        resolution=data.resolution,
+        workers=data.workers,
+        prefetch=data.prefetch,
+        streams=data.streams,
+        shuffle_block=data.shuffle_block,
+        scale=data.scale,
+        ratio=data.ratio,
+        interpolation=data.interpolation,
+        decoded_cache_mb=data.decoded_cache_mb,
+        max_bad_fraction=data.max_bad_fraction,
+        quarantine=output / f"quarantine.rank{rank}.jsonl",
+        num_classes=num_classes,
+        pin_memory=torch.cuda.is_available(),
+    )
+    val_loader = None
+    if val is not None:
+        batch = data.eval_batch or 2 * schedule.spec.micro_batch
+        val_loader = EvalLoader(
+            val,
+            rank=rank,
+            world=world,
+            batch=batch,
+            resolution=data.resolution,
+            crop=data.eval_crop,
+            interpolation=data.interpolation,
+            workers=min(data.workers, 2),
+            num_classes=num_classes,
+        )
+    return augment, loader, val_loader
+
+
+def memory_bytes(device: torch.device) -> int:
+    """Peak memory of this rank: allocated on an accelerator, resident otherwise."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,0 +1,481 @@
+"""The reference loop of launch/train.py. It knows no method by name."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import logging
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from .checkpoint import store
+from .config.loader import LoadedConfig
+from .core.batch import Batch
+from .core.durations import Duration, parse_duration
+from .core.errors import CheckpointError
+from .core.timeline import Stage
+from .cost.render import total_lines
+from .cost.throughput import Measured, Throughput, machine_name, profile_key
+from .data.augment import mixed_cross_entropy
+from .observe.console import (
+    Console,
+    RunState,
+    StageOutcome,
+    StartInfo,
+    eval_line,
+    final_table,
+    run_line,
+    stage_lines,
+    start_block,
+)
+from .observe.journal import Journal
+from .observe.meters import Chrono, StepMeter, seconds_left
+from .observe.pictures import batch_picture, save_png
+from .observe.tensorboard import TensorBoard
+from .train_eval import evaluate
+from .train_setup import build, memory_bytes, schedule_digest
+
+logger = logging.getLogger(__name__)
+
+
+class Trainer:
+    """Trains one configuration.
+
+    Args:
+        config: the loaded file.
+        measure_steps: instead of training, time this many steps of every kind of stage and store the profile.
+
+    Raises:
+        EffTrainError: see `train_setup.build`.
+    """
+
+    def __init__(self, config: LoadedConfig, *, measure_steps: int | None = None):
+        self.config = config
+        self.measuring = measure_steps is not None
+        self.output = Path(config.efftrain.run.output)
+        self.journal: Journal | None = None
+        self.run_parts = build(config, self.output, self._record, measure_steps=measure_steps)
+        run = self.run_parts
+        self.engine, self.plan, self.schedule = run.engine, run.plan, run.schedule
+        self.console = Console(run.rank)
+        self.meter = StepMeter(window=config.efftrain.observe.log_every)
+        self.chrono = Chrono()
+        self.best: dict[str, float] = {}
+        self.results: dict[str, float] = {}
+        self.board: TensorBoard | None = None
+        self._loss_sum = torch.zeros((), device=run.device)
+        self._loss_steps = 0
+        self._last_save = time.monotonic()
+        self._picture: Batch | None = None
+        self._old_stage: Stage | None = None
+
+    # -- the run -----------------------------------------------------------------------------------------------
+
+    def run(self) -> dict[str, float]:
+        """Train to the end; returns the last evaluation.
+
+        Raises:
+            ShardError: too many unreadable samples, or a held-out sample is unreadable.
+            CheckpointError: a checkpoint cannot be written or does not belong to this run.
+        """
+        resumed = None if self.measuring else self._resume()
+        self._open_logs(resumed)
+        self._show_start(resumed)
+        self.engine.train()
+        self.chrono.switch("train")
+        batches: Iterator[Batch] = iter(self.run_parts.loader)
+        try:
+            while self.engine.step_index < self.schedule.total_steps:
+                self._train_step(batches)
+            if self.measuring:
+                self._store_throughput()
+                return {}
+            if not self.results:
+                self._evaluate()
+            self._finish()
+        finally:
+            self.chrono.switch(None)
+            self._close()
+        return self.results
+
+    def _train_step(self, batches: Iterator[Batch]) -> None:
+        run, engine = self.run_parts, self.engine
+        step = engine.step_index
+        self.meter.begin()
+        if run.scheduler is not None:
+            run.scheduler.set_step(step)
+        engine.begin_step()
+        stage = engine.context.stage
+        assert stage is not None
+        self._announce(stage)
+        with self.meter.part("data"):
+            micro = [next(batches).to(run.device) for _ in range(stage.accumulation)]
+        denominator = self._valid_share(micro)
+        picture_due = self._due(self.config.efftrain.observe.images_every, step) and run.rank == 0
+        magnitude = stage.settings.get("ra_magnitude")
+        with self.meter.part("compute"):
+            for index, batch in enumerate(micro):
+                shown = batch.images[:6].clone() if picture_due and index == 0 else None
+                batch = run.augment.before(batch, magnitude)
+                batch = engine.prepare_batch(batch)
+                batch = run.augment.after(batch, step, index)
+                logits = engine(batch.images)
+                loss = engine.loss(logits.float(), batch, lambda out, b: self._loss(out, b, denominator))
+                engine.backward(loss)
+                self._loss_sum += loss.detach() / stage.accumulation
+                if index + 1 < len(micro):
+                    engine.step()
+                if shown is not None:
+                    self._show_picture(shown, batch, step)
+        with self.meter.part("step"):
+            engine.step()
+        self._loss_steps += 1
+        run.loader.commit(stage.batch)
+        self.meter.end(stage.index, stage.batch // run.world)
+        self._after_step(step + 1, stage)
+
+    def _loss(self, logits: torch.Tensor, batch: Batch, denominator: torch.Tensor) -> torch.Tensor:
+        return mixed_cross_entropy(logits, batch, self.config.efftrain.optim.label_smoothing, denominator)
+
+    def _valid_share(self, micro: list[Batch]) -> torch.Tensor:
+        """Divisor of a micro-batch's summed loss, so that the step's gradient is the mean over all valid samples."""
+        count = sum((batch.valid.sum() for batch in micro), torch.zeros((), device=self.run_parts.device)).float()
+        if self.run_parts.world > 1:
+            dist.all_reduce(count)
+        return count.clamp(min=1) / (self.run_parts.world * len(micro))
+
+    def _after_step(self, done: int, stage: Stage) -> None:
+        observe, checkpoint = self.config.efftrain.observe, self.config.efftrain.checkpoint
+        last = done == self.schedule.total_steps
+        self.results = {}
+        if done % observe.log_every == 0 or last:
+            self._log(done, stage)
+        if self.measuring:
+            return
+        if self.run_parts.val_loader is not None and (last or self._due(observe.eval_every, done)):
+            self._evaluate()
+        if last or self._save_due(checkpoint.every, done):
+            self._save()
+
+    # -- intervals ---------------------------------------------------------------------------------------------
+
+    def _steps_of(self, duration: Duration) -> int | None:
+        spec = self.schedule.spec
+        per_epoch = spec.samples / spec.batch if spec.samples else self.schedule.total_steps
+        return duration.steps(per_epoch, self.schedule.total_steps)
+
+    def _due(self, text: str | None, step: int) -> bool:
+        """True where a multiple of the interval ends at `step` (wall-clock units are not for these)."""
+        if text is None or self.measuring:
+            return False
+        every = self._steps_of(parse_duration(text))
+        return every is not None and step % max(every, 1) == 0
+
+    def _save_due(self, text: str | None, step: int) -> bool:
+        if text is None:
+            return False
+        duration = parse_duration(text)
+        if duration.seconds is None:
+            return self._due(text, step)
+        # clocks differ between ranks: rank 0 decides, at log steps only, so that no other step pays for it
+        if step % self.config.efftrain.observe.log_every:
+            return False
+        answer = torch.tensor(
+            [float(time.monotonic() - self._last_save >= duration.seconds)], device=self.run_parts.device
+        )
+        dist.broadcast(answer, src=0)
+        return bool(answer.item())
+
+    # -- resume and save ---------------------------------------------------------------------------------------
+
+    @property
+    def _folder(self) -> Path:
+        return self.output / "checkpoints"
+
+    def _resume(self) -> str | None:
+        if not self.config.efftrain.checkpoint.resume:
+            return None
+        path = store.find(self._folder)
+        if path is None:
+            return None
+        client = store.read_extra(path)["client"]
+        mine = schedule_digest(self.schedule)
+        if client["plan"] != mine:
+            raise CheckpointError(
+                f"{path} was made by another plan ({client['plan']}, this one is {mine}): the stages, the batch or the "
+                "seed differ. Set efftrain.run.output to a new folder, or efftrain.checkpoint.resume to false"
+            )
+        _, client = self.engine.load_checkpoint(self._folder, path.name)
+        assert client is not None
+        self.run_parts.loader.load_state_dict(client["data"])
+        self.meter.load_state_dict(client["meter"])
+        self.chrono.load_state_dict(client["chrono"])
+        self.best = client["best"]
+        return path.name
+
+    def _save(self) -> None:
+        start = time.monotonic()
+        with self.chrono.during("checkpoint"):
+            client = {
+                "plan": schedule_digest(self.schedule),
+                "data": self.run_parts.loader.state_dict(),
+                "meter": self.meter.state_dict(),
+                "chrono": self.chrono.state_dict(),
+                "best": self.best,
+                "config": json.dumps(self.config.resolved()),
+            }
+            self.engine.save_checkpoint(self._folder, client_state=client, keep=self.config.efftrain.checkpoint.keep)
+        self._last_save = time.monotonic()
+        step = self.engine.step_index
+        self._record("checkpoint", step=step, seconds=self._last_save - start)
+        if self.board is not None:
+            self.board.scalars({"ckpt/save_s": self._last_save - start}, step)
+
+    # -- evaluation --------------------------------------------------------------------------------------------
+
+    def _evaluate(self) -> None:
+        run = self.run_parts
+        if run.val_loader is None or run.val_manifest is None:
+            return
+        start = time.monotonic()
+        with self.chrono.during("eval"):
+            args = (
+                self.engine,
+                run.val_loader,
+                lambda b: run.augment.evaluate(b.to(run.device)),
+                run.val_manifest.samples,
+            )
+            results = evaluate(*args)
+            if self.engine.ema is not None:
+                results |= evaluate(*args, ema=True)
+        for name, value in results.items():
+            pick = min if name.endswith("loss") else max
+            self.best[name] = pick(self.best.get(name, value), value)
+        self.results = results
+        step, seconds = self.engine.step_index, time.monotonic() - start
+        self.console.write(eval_line(step, results, samples=run.val_manifest.samples, seconds=seconds, best=self.best))
+        self._record("eval", step=step, **results)
+        if self.board is not None:
+            self.board.scalars({f"eval/{name}": value for name, value in results.items()}, step)
+
+    # -- what is shown -----------------------------------------------------------------------------------------
+
+    def _record(self, event: str, step: int | None = None, **data: Any) -> None:
+        if self.journal is not None:
+            self.journal.write(event, step=self.engine.step_index if step is None else step, **data)
+
+    def _open_logs(self, resumed: str | None) -> None:
+        run, enabled = self.run_parts, self.run_parts.rank == 0 and not self.measuring
+        step = self.engine.step_index
+        if enabled:
+            self.output.mkdir(parents=True, exist_ok=True)
+            (self.output / "config.json").write_text(json.dumps(self.config.resolved(), indent=1) + "\n")
+            (self.output / "plan.json").write_text(json.dumps(self.plan.to_dict(), indent=1) + "\n")
+        self.journal = Journal(self.output / "journal.jsonl", enabled=enabled)
+        if resumed is not None:
+            self.journal.resume(step, checkpoint=resumed)
+        else:
+            self.journal.write("start", step=step, argv=sys.argv, torch=torch.__version__, world=run.world)
+        tensorboard = enabled and self.config.efftrain.observe.tensorboard
+        self.board = TensorBoard(
+            self.output / "tensorboard", enabled=tensorboard, rank=run.rank, purge_step=step if resumed else None
+        )
+        if tensorboard:
+            self.board.text("plan", json.dumps(self.plan.to_dict(), indent=1), step)
+            self.board.text("config", json.dumps(self.config.resolved(), indent=1), step)
+
+    def _show_start(self, resumed: str | None) -> None:
+        run, data = self.run_parts, self.config.efftrain.data
+        if self.measuring:
+            self.console.write(
+                f"measuring {self.schedule.total_steps} steps, {len(self.schedule.stages)} kinds of stage"
+            )
+            return
+        device = torch.cuda.get_device_name() if run.device.type == "cuda" else "cpu"
+        command = self.board.command if self.board is not None and self.config.efftrain.observe.tensorboard else None
+        info = StartInfo(
+            run_id=self.output.name,
+            resumed_from=resumed,
+            resumed_step=self.engine.step_index,
+            model=self.config.efftrain.model.name,
+            params=self.plan.params,
+            resolution=data.resolution,
+            zero_stage=self.plan.zero_stage,
+            precision=self.plan.precision,
+            world=run.world,
+            device=device,
+            batch=self.schedule.spec.batch,
+            methods=self.plan.methods,
+            plan=total_lines(self.plan),
+            data=data.train,
+            samples=run.train_manifest.samples,
+            val_samples=run.val_manifest.samples if run.val_manifest is not None else None,
+            output=str(self.output),
+            tensorboard=command,
+        )
+        self.console.write(start_block(info))
+
+    def _label(self, stage: Stage) -> str:
+        return " ".join(word for word in (m.describe(stage) for m in self.engine.methods) if word)
+
+    def _announce(self, stage: Stage) -> None:
+        if stage is self._old_stage:
+            return
+        if not self.measuring and len(self.schedule.stages) > 1:
+            why = f"{100 * stage.p_start:.0f}% of the budget spent"
+            self.console.write(
+                stage_lines(self._old_stage, stage, len(self.schedule.stages), why=why, world=self.run_parts.world)
+            )
+        self._old_stage = stage
+
+    def _left(self, stage: Stage, step: int) -> float | None:
+        rates = self.meter.rates()
+        stages = self.plan.stages
+        return seconds_left(
+            self.plan.costs_left(step),
+            [s.share for s in stages],
+            [s.stage.steps for s in stages],
+            [s.work_key for s in stages],
+            stage=stage.index,
+            step_seconds=rates.step_seconds if rates is not None else None,
+            timed_seconds=self.meter.stage_seconds,
+            timed_steps=self.meter.stage_steps,
+        )
+
+    def _log(self, done: int, stage: Stage) -> None:
+        run = self.run_parts
+        loss = self._loss_sum / max(self._loss_steps, 1)
+        if run.world > 1:
+            dist.all_reduce(loss)
+            loss = loss / run.world
+        self._loss_sum.zero_()
+        self._loss_steps = 0
+        if self.measuring:
+            return
+        rates = self.meter.rates()
+        norm = self.engine.get_global_grad_norm()
+        state = RunState(
+            step=done,
+            total_steps=self.schedule.total_steps,
+            epoch=self.plan.epoch_at(done),
+            epochs=self.plan.data_epochs,
+            stage=stage.index,
+            stages=len(self.schedule.stages),
+            label=self._label(stage),
+            loss=float(loss),
+            lr=float(self.engine.get_lr()[0]),
+            grad_norm=float(norm) if norm is not None else None,
+            images_per_s=rates.images_per_s if rates is not None else None,
+            unit="gpu" if run.device.type == "cuda" else "rank",
+            data_share=rates.shares.get("data") if rates is not None else None,
+            memory=memory_bytes(run.device),
+            cost_done=self.plan.cost_at(done),
+            seconds_left=self._left(stage, done),
+        )
+        self.console.write(run_line(state))
+        self._scalars(state, done)
+
+    def _scalars(self, state: RunState, done: int) -> None:
+        if self.board is None:
+            return
+        values = {
+            "loss/train": state.loss,
+            "optim/lr": state.lr,
+            "cost/done": state.cost_done,
+            "cost/seconds_train": sum(self.meter.stage_seconds.values()),
+            "stage/index": float(state.stage),
+            "stage/micro_batch": float(self.schedule.stages[state.stage].micro_batch),
+            "health/skipped_steps": float(self.engine.skipped_steps),
+            "health/bad_samples": float(sum(self.run_parts.loader.bad_samples.values())),
+            "speed/memory_gb": (state.memory or 0.0) / 2**30,
+        }
+        optional = {
+            "optim/grad_norm": state.grad_norm,
+            "speed/img_s": state.images_per_s,
+            "speed/data_pct": 100 * state.data_share if state.data_share is not None else None,
+            "cost/predicted_s": self.plan.seconds,
+        }
+        values |= {tag: value for tag, value in optional.items() if value is not None}
+        for method in self.engine.methods:
+            values |= method.scalars(self.engine.context)
+        self.board.scalars(values, done)
+
+    def _show_picture(self, original: torch.Tensor, batch: Batch, step: int) -> None:
+        data = self.config.efftrain.data
+        picture = batch_picture(
+            original.cpu(), batch.images[: len(original)].detach().float().cpu(), data.mean, data.std
+        )
+        if self.board is not None:
+            self.board.image("batch/original_seen_spectrum", picture, step)
+        save_png(picture, self.output / "pictures" / f"batch-step-{step:08d}.png")
+
+    # -- the end -----------------------------------------------------------------------------------------------
+
+    def _store_throughput(self) -> None:
+        """Write the median step time of every kind of stage, which later plans take their hours from."""
+        run = self.run_parts
+        if run.rank != 0:
+            return
+        profile = Throughput(
+            machine_name(),
+            torch.__version__,
+            run.world,
+            profile_key(self.plan.model, self.plan.precision, self.plan.zero_stage),
+            datetime.date.today().isoformat(),
+        )
+        macs = {(s.stage.settings.get("bandwidth"), s.stage.micro_batch): s.macs for s in self.plan.stages}
+        for stage in self.schedule.stages:
+            timed = self.meter.stage_median(stage.index)
+            if timed is None:
+                continue
+            bandwidth = stage.settings.get("bandwidth")
+            profile = profile.with_entry(
+                Measured(
+                    bandwidth or self.config.efftrain.data.resolution,
+                    stage.micro_batch,
+                    stage.accumulation,
+                    macs[bandwidth, stage.micro_batch],
+                    timed[0],
+                    timed[1],
+                )
+            )
+        path = self.output / "throughput.json"
+        profile.save(path)
+        self.console.write(f"step times written to {path}")
+
+    def _finish(self) -> None:
+        outcomes = [
+            StageOutcome(
+                label=self._label(priced.stage),
+                steps=self.meter.stage_steps.get(index, 0),
+                predicted_share=priced.share,
+                predicted_seconds=priced.seconds,
+                seconds=self.meter.stage_seconds.get(index, 0.0),
+            )
+            for index, priced in enumerate(self.plan.stages)
+        ]
+        others = {name: seconds for name, seconds in self.chrono.seconds.items() if name != "train"}
+        self.console.write(final_table(outcomes, others))
+        self._store_throughput()
+        self._record(
+            "end",
+            **self.results,
+            seconds=sum(o.seconds for o in outcomes),
+            predicted_seconds=self.plan.seconds,
+            bad_samples=self.run_parts.loader.bad_samples,
+            others=others,
+        )
+
+    def _close(self) -> None:
+        self.run_parts.loader.close()
+        if self.run_parts.val_loader is not None:
+            self.run_parts.val_loader.close()
+        for log in (self.journal, self.board):
+            if log is not None:
+                log.close()

@@ -1,0 +1,380 @@
+"""The only file that touches private names of DeepSpeed.
+
+`layout_of` describes where one rank keeps the fp32 masters and the optimizer state of every trainable parameter, for
+ZeRO 0, 1, 2 and 3 in fp32, bf16 and fp16: *flats* (the tensors the base optimizer steps on) and *fragments* (which
+stretch of which flat belongs to which stretch of which parameter). All tensors are views: nothing is copied.
+
+Checked on the versions in `TESTED_VERSIONS`; `private_names` lists what is used, and a test names them.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import deepspeed
+import torch
+from torch import Tensor, nn
+
+from ..core.errors import EffTrainError
+
+logger = logging.getLogger(__name__)
+
+TESTED_VERSIONS = ("0.19.8",)
+_ZERO12 = "deepspeed.runtime.zero.stage_1_and_2.DeepSpeedZeroOptimizer"
+_ZERO3 = "deepspeed.runtime.zero.stage3.DeepSpeedZeroOptimizer_Stage3"
+_BF16 = "deepspeed.runtime.bf16_optimizer.BF16_Optimizer"
+_UNFUSED = "deepspeed.runtime.fp16.unfused_optimizer.FP16_UnfusedOptimizer"
+_FUSED = "deepspeed.runtime.fp16.fused_optimizer.FP16_Optimizer"
+_SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+
+# wrapper class -> attributes this file reads from it
+_PRIVATE: dict[str, tuple[str, ...]] = {
+    _ZERO12: ("bit16_groups", "single_partition_of_fp32_groups", "update_lp_params", "loss_scaler", "micro_step_id"),
+    _BF16: ("bf16_groups", "fp32_groups_flat_partition", "update_lp_params"),
+    _ZERO3: (
+        "fp16_groups",
+        "fp32_partitioned_groups_flat",
+        "fp16_partitioned_groups_flat",
+        "sub_group_to_group_id",
+        "checkpoint_event_prologue",
+        "checkpoint_event_epilogue",
+        "loss_scaler",
+    ),
+    _UNFUSED: ("fp16_groups", "fp32_groups", "loss_scale_config"),
+    _FUSED: ("fp16_groups", "fp16_groups_flat", "fp32_groups_flat", "loss_scale_config"),
+}
+
+
+@dataclass
+class Flat:
+    """One local fp32 tensor that the base optimizer steps on.
+
+    Attributes:
+        master: fp32 values; the key of the base optimizer's state.
+        group: index of its parameter group in the base optimizer.
+    """
+
+    master: Tensor
+    group: int
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """A stretch of one parameter held by this rank.
+
+    Attributes:
+        name: parameter name in the module.
+        start: first element in the flattened parameter.
+        length: number of elements.
+        flat: index into `Layout.flats`.
+        offset: first element in that flat.
+    """
+
+    name: str
+    start: int
+    length: int
+    flat: int
+    offset: int
+
+
+@dataclass
+class Layout:
+    """Where this rank keeps masters and optimizer state.
+
+    Attributes:
+        stage: ZeRO stage.
+        replicated: True where every rank holds everything (stage 0).
+        flats: local master tensors.
+        fragments: local stretches of parameters.
+        shapes: full shape of every trainable parameter, by name.
+        groups: parameter-group index of every trainable parameter, by name.
+        base: the base optimizer (its `state` is keyed by the masters).
+        push: refresh the low-precision weights of all ranks from the masters (collective).
+    """
+
+    stage: int
+    replicated: bool
+    flats: list[Flat]
+    fragments: list[Fragment]
+    shapes: dict[str, torch.Size]
+    groups: dict[str, int]
+    base: Any
+    push: Callable[[], None]
+
+    def state_keys(self) -> list[str]:
+        """Names of the optimizer-state tensors that have the shape of their flat (e.g. exp_avg, exp_avg_sq)."""
+        keys: set[str] = set()
+        for flat in self.flats:
+            state = self.base.state.get(flat.master, {})
+            keys |= {k for k, v in state.items() if torch.is_tensor(v) and v.shape == flat.master.shape}
+        return sorted(keys)
+
+    def values(self, fragment: Fragment, tensors: list[Tensor]) -> Tensor:
+        """View of one fragment in a list of tensors that parallels `flats`. [length]"""
+        return tensors[fragment.flat].view(-1).narrow(0, fragment.offset, fragment.length)
+
+    def tensors(self, key: str) -> list[Tensor]:
+        """Tensors parallel to `flats` for "fp32" or a state key (zeros are created where there is no state yet)."""
+        if key == "fp32":
+            return [flat.master.data for flat in self.flats]
+        found = []
+        for flat in self.flats:
+            state = self.base.state[flat.master]
+            if key not in state:
+                state[key] = torch.zeros_like(flat.master.data)
+            found.append(state[key])
+        return found
+
+    def scalars(self, flat: int) -> dict[str, float]:
+        """State of one flat that is a number (the step count)."""
+        state = self.base.state.get(self.flats[flat].master, {})
+        return {
+            k: float(v)
+            for k, v in state.items()
+            if isinstance(v, (int, float)) or (torch.is_tensor(v) and v.dim() == 0)
+        }
+
+    def set_scalars(self, flat: int, values: dict[str, float]) -> None:
+        """Write numbers in the form the base optimizer keeps them (0-dim float32 tensors for torch's own)."""
+        state = self.base.state[self.flats[flat].master]
+        torch_form = type(self.base).__module__.startswith("torch.")
+        for key, value in values.items():
+            state[key] = torch.tensor(value, dtype=torch.float32) if torch_form else int(value)
+
+
+def private_names() -> dict[str, tuple[str, ...]]:
+    """Private attributes in use, by DeepSpeed class."""
+    return dict(_PRIVATE)
+
+
+def _class_name(thing: object) -> str:
+    return f"{type(thing).__module__}.{type(thing).__qualname__}"
+
+
+def check_version() -> None:
+    """Warn once where the installed DeepSpeed is not one this file was checked on."""
+    if deepspeed.__version__.split("+")[0] not in TESTED_VERSIONS:
+        logger.warning(
+            "DeepSpeed %s is not one of the tested versions (%s); state access may fail",
+            deepspeed.__version__,
+            ", ".join(TESTED_VERSIONS),
+        )
+
+
+def _probe(optimizer: object) -> str:
+    name = _class_name(optimizer)
+    missing = [attribute for attribute in _PRIVATE.get(name, ()) if not hasattr(optimizer, attribute)]
+    if missing:
+        raise EffTrainError(
+            f"DeepSpeed {deepspeed.__version__}: {name} has no {', '.join(missing)}; tested versions: "
+            f"{', '.join(TESTED_VERSIONS)}"
+        )
+    return name
+
+
+def layout_of(engine: Any) -> Layout:
+    """Layout of a DeepSpeedEngine's master weights on this rank.
+
+    Raises:
+        EffTrainError: the optimizer class or a feature of it is not supported.
+    """
+    optimizer = engine.optimizer
+    if optimizer is None:
+        raise EffTrainError("the DeepSpeed engine has no optimizer, so there is no training state to read")
+    names = {id(p): n for n, p in engine.module.named_parameters()}
+    name = _probe(optimizer)
+    if getattr(optimizer, "round_robin_gradients", False):
+        raise EffTrainError("zero_optimization.round_robin_gradients: not supported (its parameter map is wrong)")
+    if name == _ZERO12:
+        return _zero12(optimizer, names, engine.zero_optimization_stage())
+    if name == _BF16:
+        return _bf16(optimizer, names)
+    if name == _ZERO3:
+        return _zero3(optimizer, names)
+    if name == _UNFUSED:
+        return _unfused(optimizer, names)
+    if name == _FUSED:
+        return _fused(optimizer, names)
+    if isinstance(optimizer, torch.optim.Optimizer):
+        return _plain(optimizer, names)
+    raise EffTrainError(f"optimizer {name} is not supported; allowed: ZeRO 0-3 in fp32, bf16 or fp16")
+
+
+def _linked(groups: list, flats: list[Tensor], names: dict[int, str]) -> tuple[list, list, dict, dict]:
+    """Fragments of the optimizers that link parameters to flats through `_hp_mapping` (ZeRO 1, 2 and BF16)."""
+    fragments, shapes, owner = [], {}, {}
+    for index, group in enumerate(groups):
+        for param in group:
+            name = names[id(param)]
+            shapes[name], owner[name] = param.shape, index
+            link = param._hp_mapping
+            if link is not None:
+                low, high = link.lp_fragment_address, link.hp_fragment_address
+                fragments.append(Fragment(name, low.start, low.numel, index, high.start))
+    return [Flat(flat, i) for i, flat in enumerate(flats)], fragments, shapes, owner
+
+
+def _zero12(optimizer: Any, names: dict[int, str], stage: int) -> Layout:
+    parts = _linked(optimizer.bit16_groups, optimizer.single_partition_of_fp32_groups, names)
+    return Layout(stage, False, *parts, optimizer.optimizer, optimizer.update_lp_params)
+
+
+def _bf16(optimizer: Any, names: dict[int, str]) -> Layout:
+    parts = _linked(optimizer.bf16_groups, optimizer.fp32_groups_flat_partition, names)
+    return Layout(1, False, *parts, optimizer.optimizer, optimizer.update_lp_params)
+
+
+def _zero3(optimizer: Any, names: dict[int, str]) -> Layout:
+    flats, fragments, shapes, owner = [], [], {}, {}
+    for index, params in enumerate(optimizer.fp16_groups):
+        group = optimizer.sub_group_to_group_id[index]
+        flats.append(Flat(optimizer.fp32_partitioned_groups_flat[index], group))
+        offset = 0
+        for param in params:
+            name, part = names[id(param)], param.partition_numel()
+            rank = torch.distributed.get_rank(param.ds_process_group)
+            shapes[name], owner[name] = param.ds_shape, group
+            start = rank * part
+            length = min(part, param.ds_numel - start)
+            if length > 0:
+                fragments.append(Fragment(name, start, length, index, offset))
+            offset += part
+
+    def push() -> None:
+        optimizer.checkpoint_event_prologue()
+        for low, high in zip(
+            optimizer.fp16_partitioned_groups_flat, optimizer.fp32_partitioned_groups_flat, strict=True
+        ):
+            if low.data_ptr() != high.data_ptr():
+                low.data.copy_(high.data)
+        optimizer.checkpoint_event_epilogue()
+
+    return Layout(3, False, flats, fragments, shapes, owner, optimizer.optimizer, push)
+
+
+def _whole(groups: list, names: dict[int, str], masters: list) -> tuple[list, list, dict, dict]:
+    flats, fragments, shapes, owner = [], [], {}, {}
+    for index, (params, masters_of_group) in enumerate(zip(groups, masters, strict=True)):
+        for param, master in zip(params, masters_of_group, strict=True):
+            name = names[id(param)]
+            shapes[name], owner[name] = param.shape, index
+            fragments.append(Fragment(name, 0, param.numel(), len(flats), 0))
+            flats.append(Flat(master, index))
+    return flats, fragments, shapes, owner
+
+
+def _unfused(optimizer: Any, names: dict[int, str]) -> Layout:
+    parts = _whole(optimizer.fp16_groups, names, optimizer.fp32_groups)
+
+    def push() -> None:
+        for low, high in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True):
+            for param, master in zip(low, high, strict=True):
+                param.data.copy_(master.data)
+
+    return Layout(0, True, *parts, optimizer.optimizer, push)
+
+
+def _fused(optimizer: Any, names: dict[int, str]) -> Layout:
+    flats, fragments, shapes, owner = [], [], {}, {}
+    for index, params in enumerate(optimizer.fp16_groups):
+        flats.append(Flat(optimizer.fp32_groups_flat[index], index))
+        offset = 0
+        for param in params:
+            name = names[id(param)]
+            shapes[name], owner[name] = param.shape, index
+            fragments.append(Fragment(name, 0, param.numel(), index, offset))
+            offset += param.numel()
+
+    def push() -> None:
+        # after the first step the parameters are no longer views of fp16_groups_flat, so each is written by itself
+        for params, high in zip(optimizer.fp16_groups, optimizer.fp32_groups_flat, strict=True):
+            offset = 0
+            for param in params:
+                param.data.copy_(high.data.narrow(0, offset, param.numel()).view_as(param))
+                offset += param.numel()
+
+    return Layout(0, True, flats, fragments, shapes, owner, optimizer.optimizer, push)
+
+
+def _plain(optimizer: Any, names: dict[int, str]) -> Layout:
+    groups = [[p for p in g["params"] if p.requires_grad] for g in optimizer.param_groups]
+    parts = _whole(groups, names, groups)
+    return Layout(0, True, *parts, optimizer, lambda: None)
+
+
+def _scaler(engine: Any) -> Any | None:
+    optimizer = engine.optimizer
+    return getattr(optimizer, "loss_scaler", None) or getattr(optimizer, "loss_scale_config", None)
+
+
+def scaler_state(engine: Any) -> dict[str, float]:
+    """Fields of the loss scaler (empty without one)."""
+    scaler = _scaler(engine)
+    found = {name: getattr(scaler, name, None) for name in _SCALER_FIELDS} if scaler is not None else {}
+    return {name: value for name, value in found.items() if isinstance(value, (int, float))}
+
+
+def load_scaler_state(engine: Any, state: dict[str, float]) -> None:
+    """Write what `scaler_state` returned."""
+    scaler = _scaler(engine)
+    for name, value in state.items():
+        if scaler is not None and hasattr(scaler, name):
+            setattr(scaler, name, value)
+
+
+COUNTERS = ("global_steps", "global_samples", "micro_steps", "skipped_steps")
+
+
+def counters(engine: Any) -> dict[str, int]:
+    """The engine's step counters."""
+    return {name: int(getattr(engine, name)) for name in COUNTERS}
+
+
+def load_counters(engine: Any, values: dict[str, int]) -> None:
+    """Write what `counters` returned."""
+    for name in COUNTERS:
+        setattr(engine, name, values[name])
+
+
+def at_boundary(engine: Any) -> bool:
+    """True between two optimizer steps (no gradient is being accumulated)."""
+    return engine.micro_steps % engine.gradient_accumulation_steps() == 0
+
+
+def set_batch(engine: Any, micro_batch: int, accumulation: int) -> None:
+    """Change micro-batch and accumulation between two optimizer steps.
+
+    DeepSpeed's own setters change one at a time, keep the micro-step counter (which then no longer ends on a multiple
+    of the new accumulation) and the throughput timer's first batch size; all of it is put right here.
+    """
+    assert at_boundary(engine), "the batch may change only between optimizer steps"
+    if (micro_batch, accumulation) == (engine.train_micro_batch_size_per_gpu(), engine.gradient_accumulation_steps()):
+        return
+    batch = micro_batch * accumulation * engine.dp_world_size
+    engine.set_train_micro_batch_size(micro_batch)
+    engine.set_train_batch_size(batch)
+    engine.micro_steps = engine.global_steps * accumulation
+    if hasattr(engine.optimizer, "gradient_accumulation_steps"):
+        engine.optimizer.gradient_accumulation_steps = accumulation
+    timer = getattr(engine, "tput_timer", None)
+    if timer is not None:
+        timer.batch_size = batch
+
+
+def gather_full(parameters: list[nn.Parameter], modifier_rank: int | None = None) -> Any:
+    """Context in which ZeRO-3 parameters are whole (no effect on other stages); `modifier_rank` may write."""
+    partitioned = [p for p in parameters if hasattr(p, "ds_id")]
+    return deepspeed.zero.GatheredParameters(partitioned, modifier_rank=modifier_rank, enabled=bool(partitioned))
+
+
+def full_shape(parameter: nn.Parameter) -> torch.Size:
+    """Shape of the whole parameter, also where ZeRO-3 has partitioned it."""
+    return getattr(parameter, "ds_shape", parameter.shape)
+
+
+def frozen_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Parameters without gradient (they have no master)."""
+    return ((name, p) for name, p in module.named_parameters() if not p.requires_grad)

@@ -1,0 +1,63 @@
+"""Exponential moving average of the fp32 masters, sharded exactly like them.
+
+Each rank averages only the masters it holds: the average costs 4 N / W bytes a rank under ZeRO 1-3 and no
+communication in a step. Averaging the low-precision weights instead would lose updates smaller than their spacing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from .access import Layout
+
+
+class ShardedEma:
+    """Average of the masters of one engine.
+
+    Args:
+        layout: where the masters are.
+        decay: weight of the old average in one step, in [0, 1).
+        warmup: use ``min(decay, (1 + t) / (10 + t))`` at step t.
+    """
+
+    def __init__(self, layout: Layout, decay: float, warmup: bool = True):
+        self.layout = layout
+        self.decay = decay
+        self.warmup = warmup
+        self.updates = 0
+        self.shadow: list[Tensor] = [tensor.clone() for tensor in layout.tensors("fp32")]
+        self._swapped = False
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Fold the current masters in; call once after each applied optimizer step."""
+        assert not self._swapped, "the average is swapped in; leave the evaluation first"
+        self.updates += 1
+        decay = self.decay
+        if self.warmup:
+            decay = min(decay, (1 + self.updates) / (10 + self.updates))
+        masters = self.layout.tensors("fp32")
+        if masters:
+            torch._foreach_lerp_(self.shadow, masters, 1.0 - decay)
+
+    @contextmanager
+    def swap(self) -> Iterator[None]:
+        """Let the model compute with the average; the masters come back unchanged, to the bit. Collective."""
+        kept = [tensor.clone() for tensor in self.layout.tensors("fp32")]
+        self._write(self.shadow)
+        self._swapped = True
+        try:
+            yield
+        finally:
+            self._write(kept)
+            self._swapped = False
+
+    @torch.no_grad()
+    def _write(self, values: list[Tensor]) -> None:
+        for master, value in zip(self.layout.tensors("fp32"), values, strict=True):
+            master.copy_(value)
+        self.layout.push()

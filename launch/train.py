@@ -1,0 +1,52 @@
+"""Train from a DeepSpeed JSON with an "efftrain" section.
+
+On one machine:    deepspeed launch/train.py --ds_config ds_configs/X.json
+On many nodes:     deepspeed --hostfile hostfile launch/train.py --ds_config ds_configs/X.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+
+from efftrain_ds.cli.args import add_config_arguments
+from efftrain_ds.core.errors import EffTrainError
+
+
+def main() -> int:
+    """Parse the arguments and run; returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_config_arguments(parser)
+    parser.add_argument("--local_rank", type=int, default=-1, help="set by the DeepSpeed launcher")
+    parser.add_argument(
+        "--measure",
+        type=int,
+        nargs="?",
+        const=12,
+        default=None,
+        metavar="STEPS",
+        help="time STEPS steps of every kind of stage (default 12), store the profile for the plan, and stop",
+    )
+    arguments = parser.parse_args()
+    rank = int(os.environ.get("RANK", "0"))
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    try:
+        from efftrain_ds.config.loader import load_config
+
+        config = load_config(arguments.ds_config, overrides=arguments.overrides, world=world)
+        from efftrain_ds.trainer import Trainer
+
+        Trainer(config, measure_steps=arguments.measure).run()
+    except EffTrainError as error:
+        print(f"[rank {rank}] {error}" if rank else str(error), file=sys.stderr, flush=True)
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    code = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # a rank that failed must not wait for the others in the destructor of the process group
+    os._exit(code) if code else sys.exit(0)

@@ -1,0 +1,30 @@
+"""Shared fixtures: a pool of gloo workers and the compiled-extension cache."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(ROOT / ".torch_extensions"))
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+
+@pytest.fixture(scope="session")
+def ranks():
+    """Callable ``ranks(function, *args, world=2)``: runs ``function(*args)`` on each rank; returns their results."""
+    from tests.pool import RankPool
+
+    pools: dict[int, RankPool] = {}
+
+    def run(function, *args, world: int = 2):
+        if world not in pools:
+            pools[world] = RankPool(world)
+        return pools[world].run(function, *args)
+
+    yield run
+    for pool in pools.values():
+        pool.close()
