@@ -13,7 +13,7 @@ from torch import nn
 from .config.deepspeed_keys import batch_sizes
 from .config.loader import LoadedConfig
 from .core.compose import compose
-from .core.errors import PlanError
+from .core.errors import ModelError, PlanError
 from .core.method import Method
 from .core.registry import get_method
 from .core.text import short_settings
@@ -139,10 +139,20 @@ class _ModelCost:
         return parameter_count(self.module) if self.shape is None else self.shape.params(self.classes)
 
     def macs(self, resolution: int) -> int:
-        """Forward MACs of one image."""
+        """Forward MACs of one image.
+
+        Raises:
+            PlanError: the model takes no images of this side.
+        """
         if self.shape is not None:
             return self.shape.macs(resolution, self.classes)
-        return module_macs(self.module, resolution, channels=self.channels)
+        try:
+            return module_macs(self.module, resolution, channels=self.channels)
+        except ModelError as error:
+            from .models.adapters import accepts_sizes
+
+            accepted, reason = accepts_sizes(self.module)
+            raise PlanError(f"efftrain.model.name: {error if accepted else reason}") from error
 
     def activations(self, resolution: int, micro_batch: int, precision: str) -> int:
         """Estimated activation bytes of one micro-batch."""
@@ -209,7 +219,7 @@ def make_plan(
     Raises:
         PlanError: what cannot run, with the key.
         ConfigError: the batch sizes do not multiply.
-        ModelError: the model is unknown or cannot run at a planned resolution.
+        ModelError: the model is unknown or its arguments do not fit.
         ShardError: a manifest is there but damaged.
     """
     section = config.efftrain
@@ -252,13 +262,14 @@ def _line(method: Method, schedule: Schedule) -> str:
 
 def time_left(plan: PricedPlan, step: int, meter: StepMeter) -> float | None:
     """Seconds until the last step by the rates measured so far; None before a step was timed."""
-    rates = meter.rates()
+    stage = plan.schedule.stage_at(step).index
+    rates = meter.rates() if meter.stage == stage else None  # just after a switch the window is still the old stage's
     return seconds_left(
         plan.costs_left(step),
         [s.share for s in plan.stages],
         [s.stage.steps for s in plan.stages],
         [s.work_key for s in plan.stages],
-        stage=plan.schedule.stage_at(step).index,
+        stage=stage,
         step_seconds=rates.step_seconds if rates else None,
         timed_seconds=meter.stage_seconds,
         timed_steps=meter.stage_steps,

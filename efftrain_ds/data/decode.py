@@ -75,6 +75,8 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):
         # 16-bit grey: Pillow's conversion would clip to 255 instead of scaling.
         image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
+    if image.mode != "P":
+        return image.convert("RGB")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # "Palette images with Transparency": alpha is dropped on purpose
         return image.convert("RGB")

@@ -139,6 +139,11 @@ class StepMeter:
         self._began = None
         return seconds
 
+    @property
+    def stage(self) -> int | None:
+        """Index of the stage that the window belongs to; None before the first step."""
+        return self._stage
+
     def rates(self) -> Rates | None:
         """Means over the window; None before the first step of a stage is over."""
         if not self._window:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import accumulate
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -29,23 +31,30 @@ class Transfer:
         return len(self._arrays) - 1
 
     def send(self, device: torch.device) -> None:
-        """Copy everything to `device`; call once, after the last `add`."""
+        """Make everything available on `device`; call once, after the last `add`."""
         if device.type == "cpu":
             self._views = [torch.from_numpy(array) for array in self._arrays]
-            return
-        starts, total = [], 0
-        for array in self._arrays:
-            starts.append(total)
-            total += -(-array.nbytes // 8) * 8  # eight-byte alignment, so that every view is legal
-        buffer = torch.empty(total, dtype=torch.uint8, pin_memory=device.type == "cuda")
+        else:
+            self._views = self.unpack(self.pack(device.type == "cuda").to(device, non_blocking=True))
+
+    def pack(self, pinned: bool = False) -> Tensor:
+        """All arrays in one [bytes] uint8 host tensor, each at a multiple of eight bytes."""
+        buffer = torch.empty(self._starts()[-1], dtype=torch.uint8, pin_memory=pinned)
         host = buffer.numpy()
-        for start, array in zip(starts, self._arrays, strict=True):
+        for start, array in zip(self._starts(), self._arrays, strict=False):
             host[start : start + array.nbytes] = array.reshape(-1).view(np.uint8)
-        sent = buffer.to(device, non_blocking=True)
-        self._views = [
-            sent[start : start + array.nbytes].view(_TORCH[array.dtype]).view(array.shape)
-            for start, array in zip(starts, self._arrays, strict=True)
+        return buffer
+
+    def unpack(self, buffer: Tensor) -> list[Tensor]:
+        """Views of a packed buffer, in the order of the tickets."""
+        return [
+            buffer[start : start + array.nbytes].view(_TORCH[array.dtype]).view(array.shape)
+            for start, array in zip(self._starts(), self._arrays, strict=False)
         ]
+
+    def _starts(self) -> list[int]:
+        """Offset of each array and the total length in bytes."""
+        return [0, *accumulate(-(-array.nbytes // 8) * 8 for array in self._arrays)]
 
     def get(self, ticket: int) -> Tensor:
         """The array of `ticket`, on the device."""

@@ -76,7 +76,13 @@ def test_png(tmp_path: Path) -> None:
 
 
 def test_words() -> None:
-    assert [bytes_text(n) for n in (41e9, 1.24e9, 512e6, 900, 9.97e9)] == ["41 GB", "1.2 GB", "512 MB", "900 B", "10 GB"]
+    assert [bytes_text(n) for n in (41e9, 1.24e9, 512e6, 900, 9.97e9)] == [
+        "41 GB",
+        "1.2 GB",
+        "512 MB",
+        "900 B",
+        "10 GB",
+    ]
     times = (3.21, 45, 125, 6 * 3600 + 12 * 60 + 29, 3 * 86400 + 4 * 3600, 59.6, 3599.7)
     assert [duration_text(s) for s in times] == ["3.2s", "45s", "2m05s", "6h12m", "3d04h", "1m00s", "1h00m"]
     assert short_settings({"bandwidth": 128, "ra_magnitude": 3.0}) == "B128 m3"

@@ -128,9 +128,7 @@ def test_stage_lines() -> None:
 def test_eval_line() -> None:
     text = eval_line(500, {"top1": 0.71304, "ema_top1": 0.72, "loss": 1.2104}, samples=2000, seconds=3.21,
                      best={"top1": 0.72})  # fmt: skip
-    assert text == (
-        "eval at step 500: top1 71.30% (best 72.00%), ema_top1 72.00%, loss 1.210 | 2,000 samples in 3.2s"
-    )
+    assert text == ("eval at step 500: top1 71.30% (best 72.00%), ema_top1 72.00%, loss 1.210 | 2,000 samples in 3.2s")
 
 
 def test_final_table_with_predictions() -> None:

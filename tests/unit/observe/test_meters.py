@@ -48,9 +48,14 @@ def test_chrono_goes_on_after_an_error_and_a_resume() -> None:
     chrono = Chrono(clock)
     chrono.switch("train")
     clock.tick(4)
-    with pytest.raises(KeyError), chrono.during("eval"):
-        clock.tick(1)
-        raise KeyError
+
+    def fail() -> None:
+        with chrono.during("eval"):
+            clock.tick(1)
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
     state = json.loads(json.dumps(chrono.state_dict()))
     again = Chrono(clock)
     again.switch("train")
