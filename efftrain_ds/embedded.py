@@ -11,6 +11,7 @@ from .config.loader import LoadedConfig
 from .core.errors import ConfigError
 from .core.method import Method
 from .core.timeline import PlanSpec, Schedule, merge_timelines
+from .models.adapters import model_stride
 
 
 def embedded_schedule(
@@ -33,9 +34,8 @@ def embedded_schedule(
     Raises:
         ConfigError: the length of the run is not given.
         PlanError: a method cannot run.
+        ModelError: the model's stride is not known.
     """
-    from .models.adapters import model_stride
-
     run, data = loaded.efftrain.run, loaded.efftrain.data
     if run.steps is None and (run.epochs is None or data.samples is None):
         raise ConfigError(
@@ -53,7 +53,7 @@ def embedded_schedule(
         micro_batch=batch[1],
         world=world,
         resolution=data.resolution,
-        stride=model_stride(model),
+        stride=data.stride or model_stride(model),
         steps=run.steps,
         model=type(model).__name__,
     )

@@ -19,8 +19,8 @@ from deepspeed.accelerator import get_accelerator
 from .config.loader import LoadedConfig
 from .core.durations import parse_duration
 from .core.rng import derive_seed
-from .core.timeline import Schedule, Stage
-from .cost.plan import PricedPlan
+from .core.timeline import Schedule
+from .cost.plan import PricedPlan, PricedStage
 from .cost.throughput import Throughput, load_throughput, machine_name, profile_key
 from .data import bundled
 from .data.augment import DeviceAugment
@@ -91,21 +91,19 @@ def schedule_digest(schedule: Schedule) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def shortened(schedule: Schedule, steps: int) -> Schedule:
+def shortened(plan: PricedPlan, steps: int) -> PricedPlan:
     """A few steps of every different kind of stage, for measuring how long a step takes."""
-    stages: list[Stage] = []
-    seen, first = set(), 0
-    for stage in schedule.stages:
-        key = (stage.settings.get("bandwidth"), stage.micro_batch, stage.accumulation, stage.pace)
-        if key in seen:
-            continue
-        seen.add(key)
-        last = first + min(steps, max(stage.steps, 2))
-        stages.append(replace(stage, index=len(stages), start_step=first, end_step=last))
-        first = last
-    edges = [i / len(stages) for i in range(len(stages) + 1)]
-    stages = [replace(s, p_start=a, p_end=b) for s, a, b in zip(stages, edges, edges[1:], strict=False)]
-    return Schedule(tuple(stages), schedule.spec, schedule.pacing)
+    kinds: dict[tuple, PricedStage] = {}
+    for priced in plan.stages:
+        kinds.setdefault(priced.work_key, priced)
+    stages: list[PricedStage] = []
+    for index, priced in enumerate(kinds.values()):
+        first = stages[-1].stage.end_step if stages else 0
+        edges = {"p_start": index / len(kinds), "p_end": (index + 1) / len(kinds)}
+        stage = replace(priced.stage, index=index, start_step=first, end_step=first + steps, **edges)
+        stages.append(replace(priced, stage=stage))
+    schedule = Schedule(tuple(s.stage for s in stages), plan.schedule.spec, plan.schedule.pacing)
+    return replace(plan, schedule=schedule, stages=tuple(stages))
 
 
 def _profile(path: Path, config: LoadedConfig, world: int) -> Throughput | None:
@@ -137,7 +135,8 @@ def build(config: LoadedConfig, output: Path, record: Any, *, measure_steps: int
     )
     schedule, methods = make_schedule(config, world=world, samples=train_manifest.samples, num_classes=num_classes)
     if measure_steps is not None:
-        schedule = shortened(schedule, measure_steps)
+        plan = shortened(plan, measure_steps)
+        schedule = plan.schedule
     torch.manual_seed(derive_seed(section.run.seed, "model"))
     model = create_model(
         section.model.name,

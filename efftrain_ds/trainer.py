@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 import json
 import logging
 import sys
@@ -21,12 +20,10 @@ from .core.durations import Duration, parse_duration
 from .core.errors import CheckpointError
 from .core.timeline import Stage
 from .cost.render import total_lines
-from .cost.throughput import Measured, Throughput, machine_name, profile_key
 from .data.augment import mixed_cross_entropy
 from .observe.console import (
     Console,
     RunState,
-    StageOutcome,
     StartInfo,
     eval_line,
     final_table,
@@ -35,9 +32,10 @@ from .observe.console import (
     start_block,
 )
 from .observe.journal import Journal
-from .observe.meters import Chrono, StepMeter, seconds_left
+from .observe.meters import Chrono, StepMeter
 from .observe.pictures import batch_picture, save_png
 from .observe.tensorboard import TensorBoard
+from .planning import measured_throughput, outcomes, time_left
 from .train_eval import evaluate
 from .train_setup import build, memory_bytes, schedule_digest
 
@@ -334,20 +332,6 @@ class Trainer:
             )
         self._old_stage = stage
 
-    def _left(self, stage: Stage, step: int) -> float | None:
-        rates = self.meter.rates()
-        stages = self.plan.stages
-        return seconds_left(
-            self.plan.costs_left(step),
-            [s.share for s in stages],
-            [s.stage.steps for s in stages],
-            [s.work_key for s in stages],
-            stage=stage.index,
-            step_seconds=rates.step_seconds if rates is not None else None,
-            timed_seconds=self.meter.stage_seconds,
-            timed_steps=self.meter.stage_steps,
-        )
-
     def _log(self, done: int, stage: Stage) -> None:
         run = self.run_parts
         loss = self._loss_sum / max(self._loss_steps, 1)
@@ -376,7 +360,7 @@ class Trainer:
             data_share=rates.shares.get("data") if rates is not None else None,
             memory=memory_bytes(run.device),
             cost_done=self.plan.cost_at(done),
-            seconds_left=self._left(stage, done),
+            seconds_left=time_left(self.plan, done, self.meter),
         )
         self.console.write(run_line(state))
         self._scalars(state, done)
@@ -419,54 +403,20 @@ class Trainer:
 
     def _store_throughput(self) -> None:
         """Write the median step time of every kind of stage, which later plans take their hours from."""
-        run = self.run_parts
-        if run.rank != 0:
-            return
-        profile = Throughput(
-            machine_name(),
-            torch.__version__,
-            run.world,
-            profile_key(self.plan.model, self.plan.precision, self.plan.zero_stage),
-            datetime.date.today().isoformat(),
-        )
-        macs = {(s.stage.settings.get("bandwidth"), s.stage.micro_batch): s.macs for s in self.plan.stages}
-        for stage in self.schedule.stages:
-            timed = self.meter.stage_median(stage.index)
-            if timed is None:
-                continue
-            bandwidth = stage.settings.get("bandwidth")
-            profile = profile.with_entry(
-                Measured(
-                    bandwidth or self.config.efftrain.data.resolution,
-                    stage.micro_batch,
-                    stage.accumulation,
-                    macs[bandwidth, stage.micro_batch],
-                    timed[0],
-                    timed[1],
-                )
-            )
-        path = self.output / "throughput.json"
-        profile.save(path)
-        self.console.write(f"step times written to {path}")
+        if self.run_parts.rank == 0:
+            path = self.output / "throughput.json"
+            measured_throughput(self.plan, self.meter).save(path)
+            self.console.write(f"step times written to {path}")
 
     def _finish(self) -> None:
-        outcomes = [
-            StageOutcome(
-                label=self._label(priced.stage),
-                steps=self.meter.stage_steps.get(index, 0),
-                predicted_share=priced.share,
-                predicted_seconds=priced.seconds,
-                seconds=self.meter.stage_seconds.get(index, 0.0),
-            )
-            for index, priced in enumerate(self.plan.stages)
-        ]
+        stages = outcomes(self.plan, self.meter)
         others = {name: seconds for name, seconds in self.chrono.seconds.items() if name != "train"}
-        self.console.write(final_table(outcomes, others))
+        self.console.write(final_table(stages, others))
         self._store_throughput()
         self._record(
             "end",
             **self.results,
-            seconds=sum(o.seconds for o in outcomes),
+            seconds=sum(stage.seconds for stage in stages),
             predicted_seconds=self.plan.seconds,
             bad_samples=self.run_parts.loader.bad_samples,
             others=others,

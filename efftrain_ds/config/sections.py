@@ -88,6 +88,8 @@ class DataConfig(StrictModel):
     """Training samples, needed to plan where the shards are not at hand; checked against the manifest."""
     resolution: int = Field(224, gt=0)
     """Side of the training images in pixels at full cost."""
+    stride: int | None = Field(None, gt=0)
+    """Total stride of your own model in pixels (embedded use); null asks the model, as timm's models can tell."""
     workers: int = Field(4, ge=0)
     """Loader processes of each rank."""
     prefetch: int = Field(2, ge=1)

@@ -1,4 +1,7 @@
-"""Timm classification models: creation, stride, which input sizes they take, and parameter groups."""
+"""Timm classification models: creation, stride, which input sizes they take, and parameter groups.
+
+timm is imported where it is used: a plan of a plain ViT needs none of it, and importing it takes seconds.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +9,7 @@ import difflib
 from collections.abc import Mapping
 from typing import Any
 
-import timm
 import torch
-from timm.optim import param_groups_weight_decay
 from torch import nn
 
 from ..core.errors import ModelError
@@ -122,6 +123,8 @@ def no_weight_decay_groups(model: nn.Module, weight_decay: float) -> list[dict[s
     No decay for one-dimensional parameters, biases and the names in ``model.no_weight_decay()`` (position embedding,
     class token). Each group has "name", "params" and "weight_decay".
     """
+    from timm.optim import param_groups_weight_decay
+
     skip = model.no_weight_decay() if hasattr(model, "no_weight_decay") else ()
     groups = param_groups_weight_decay(model, weight_decay, no_weight_decay_list=skip)
     named = [{"name": "decay" if group["weight_decay"] else "no_decay", **group} for group in groups]
@@ -134,6 +137,8 @@ def _build(name: str, arguments: dict[str, Any]) -> nn.Module:
     Raises:
         ModelError: unknown name, or arguments that the model does not take.
     """
+    import timm
+
     if ":" not in name and not timm.is_model(name):
         close = difflib.get_close_matches(name, timm.list_models(), n=3)
         hint = f" Did you mean {' or '.join(close)}?" if close else ""
@@ -146,6 +151,8 @@ def _build(name: str, arguments: dict[str, Any]) -> nn.Module:
 
 def _family(name: str) -> str:
     """Module of timm.models that builds `name` ("" for names that are not in timm's registry)."""
+    import timm
+
     if ":" in name or not timm.is_model(name):
         return ""
     return timm.model_entrypoint(name.split(".")[0]).__module__.rsplit(".", 1)[-1]

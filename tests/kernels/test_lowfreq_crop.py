@@ -3,9 +3,10 @@ import math
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+
 from efftrain_ds.kernels.lowfreq_crop import crop_matrix, lowfreq_crop, resample, resample_matrix
 from efftrain_ds.kernels.lowfreq_crop.reference import fourier_crop, matmul_crop
-from PIL import Image
 
 SIZES = [
     ((224, 224), (96, 96)),

@@ -5,7 +5,6 @@ from fractions import Fraction
 
 import pytest
 import torch
-from efftrain_ds.kernels.lowfreq_crop import lowfreq_crop, resample
 from pydantic import ValidationError
 from torch import nn
 
@@ -15,6 +14,7 @@ from efftrain_ds.core.errors import ConfigError, ModelError, NoEffectWarning, Pl
 from efftrain_ds.core.lr import learning_rate
 from efftrain_ds.core.registry import get_method
 from efftrain_ds.core.timeline import PlanSpec, merge_timelines
+from efftrain_ds.kernels.lowfreq_crop import lowfreq_crop, resample
 from efftrain_ds.methods.efficienttrain import EfficientTrain, EfficientTrainConfig
 from efftrain_ds.methods.efficienttrain.schedules import (
     area_pace,
