@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.verb is None:
             parser.print_help(sys.stderr)
             return 2
-        function = args.func if hasattr(args, "func") else args.run
+        function = args.func
         return int(function(args) or 0)
     except EffTrainError as error:
         print(error, file=sys.stderr)

@@ -18,7 +18,7 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     parser.add_argument("--throughput", metavar="F", help="measured profile (JSON), for predicted hours")
     parser.add_argument("--png", metavar="F", help="also write the timeline as a picture")
     parser.add_argument("--json", action="store_true", help="print the plan as JSON")
-    parser.set_defaults(run=run)
+    parser.set_defaults(func=run)
     return parser
 
 
