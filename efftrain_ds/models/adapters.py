@@ -97,8 +97,8 @@ def model_stride(model_or_name: nn.Module | str, kwargs: Mapping[str, Any] | Non
     if patch is not None:
         return int(max(patch)) if isinstance(patch, (tuple, list)) else int(patch)
     raise ModelError(
-        f"cannot tell the stride of {type(model).__name__}: set efftrain.data.stride, or give the module an integer attribute `total_stride` "
-        "(input sides must be multiples of it)"
+        f"cannot tell the stride of {type(model).__name__}: set efftrain.data.stride, or give the "
+        "module an integer attribute `total_stride` (input sides must be multiples of it)"
     )
 
 

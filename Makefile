@@ -1,0 +1,49 @@
+# Everything is set up on first use: `make train` and `make test` need Python 3.10-3.12, a C++ compiler and a package index.
+PYTHON ?= $(shell for v in 3.12 3.11 3.10; do command -v python$$v >/dev/null 2>&1 && { echo python$$v; exit; }; done; echo python3)
+VENV := .venv
+BIN := $(VENV)/bin
+RANKS ?= 2
+CONFIG ?= ds_configs/smoke_et_vit_fmnist.json
+# DeepSpeed's compiled extension is built once here, before any time limit starts
+export TORCH_EXTENSIONS_DIR := $(CURDIR)/.torch_extensions
+# set beside each other: a GPU machine trains on its GPUs, another one on RANKS gloo processes
+GPUS := $(shell nvidia-smi -L 2>/dev/null | wc -l)
+LAUNCH := $(if $(filter 0,$(GPUS)),$(BIN)/deepspeed --num_accelerators $(RANKS),$(BIN)/deepspeed)
+
+.PHONY: setup train measure plan test test-all lint docs clean
+
+setup: $(VENV)/.ready
+
+$(VENV)/.ready: setup.py pyproject.toml tools/build_extensions.py
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 10) <= v <= (3, 12) else f"Python 3.10-3.12 is needed, found {v[0]}.{v[1]}; set PYTHON=")'
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade "pip>=24" "setuptools>=77" wheel
+	$(BIN)/python -m pip install --quiet -e ".[dev]"
+	$(BIN)/python tools/build_extensions.py
+	@touch $@
+
+plan: setup
+	$(BIN)/efftrain plan $(CONFIG) --world $(RANKS)
+
+measure: setup
+	$(LAUNCH) launch/train.py --ds_config $(CONFIG) --measure
+
+train: setup
+	$(LAUNCH) launch/train.py --ds_config $(CONFIG)
+
+test: setup lint
+	$(BIN)/python -m pytest -m "not slow" tests
+
+test-all: setup lint
+	$(BIN)/python -m pytest tests
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/python tools/make_config_docs.py --check
+
+docs: setup
+	$(BIN)/python tools/make_config_docs.py
+
+clean:
+	rm -rf $(VENV) .torch_extensions build dist *.egg-info runs shards

@@ -1,0 +1,42 @@
+"""What the benchmark scripts share: the machine's name, medians, result files."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import statistics
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from efftrain_ds.cost.throughput import machine_name
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def environment() -> dict[str, Any]:
+    """Machine, cores and versions for a result file."""
+    import deepspeed
+
+    return {
+        "machine": machine_name(),
+        "cores": len(os.sched_getaffinity(0)),
+        "torch": torch.__version__,
+        "deepspeed": deepspeed.__version__,
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    """Minimum, median and maximum."""
+    return {"min": min(values), "median": statistics.median(values), "max": max(values)}
+
+
+def store(name: str, command: str, result: dict[str, Any], out: str | None) -> Path:
+    """Write a result beside the command and the machine that made it."""
+    path = Path(out) if out else ROOT / "benchmarks" / "results" / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"command": command, **environment(), **result}, indent=1) + "\n")
+    return path
