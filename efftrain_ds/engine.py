@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import os
-import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -86,7 +85,7 @@ class EfficientEngine:
             self.context.record = record
         own["_owns_batch"] = owns_batch
         own["_begun"] = False
-        own["_prepared"] = None
+        own["_prepared"] = False
         own["_hooks"] = {
             hook: [m for m in methods if getattr(type(m), hook) is not getattr(Method, hook)] for hook in _HOOKS
         }
@@ -105,22 +104,18 @@ class EfficientEngine:
             setattr(self.deepspeed_engine, name, value)
 
     def __call__(self, *inputs: Any, **kwargs: Any) -> Any:
-        """Forward pass; in training the methods see the first input unless `prepare_batch` was used on it."""
+        """Forward pass; in training the methods act on the first input, unless `prepare_batch` was called before it."""
         if not self._plain and self.deepspeed_engine.module.training:
             self.begin_step()
-            if (
-                self._hooks["on_batch"]
-                and inputs
-                and isinstance(inputs[0], Tensor)
-                and not self._is_prepared(inputs[0])
-            ):
+            if self._hooks["on_batch"] and not self._prepared and inputs and isinstance(inputs[0], Tensor):
                 inputs = (self._run_on_batch(Batch(images=inputs[0])).images, *inputs[1:])
         return self.deepspeed_engine(*inputs, **kwargs)
 
     forward = __call__
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """DeepSpeed's backward."""
+        """DeepSpeed's backward; the next forward pass is of another batch."""
+        self._prepared = False
         return self.deepspeed_engine.backward(loss, *args, **kwargs)
 
     # -- the loop ----------------------------------------------------------------------------------------------
@@ -169,17 +164,13 @@ class EfficientEngine:
             accumulation=stage.accumulation,
         )
 
-    def _is_prepared(self, images: Tensor) -> bool:
-        return self._prepared is not None and self._prepared() is images
-
     def _run_on_batch(self, batch: Batch) -> Batch:
         for method in self._hooks["on_batch"]:
             batch = method.on_batch(self.context, batch)
-        self._prepared = weakref.ref(batch.images)
         return batch
 
     def prepare_batch(self, images: Tensor | Batch, labels: Tensor | None = None) -> Any:
-        """Let the methods act on a batch on the device.
+        """Let the methods act on a batch on the device; forward passes up to the next `backward` leave it alone.
 
         Args:
             images: [N, C, H, W], or a `Batch`.
@@ -191,6 +182,7 @@ class EfficientEngine:
         self.begin_step()
         batch = images if isinstance(images, Batch) else Batch(images=images, labels=labels)
         batch = self._run_on_batch(batch)
+        self._prepared = True
         return batch if isinstance(images, Batch) else (batch.images, batch.labels)
 
     def loss(self, outputs: Any, batch: Any, default: Callable[[Any, Any], Tensor] | None = None) -> Tensor:

@@ -334,9 +334,14 @@ def counters(engine: Any) -> dict[str, int]:
 
 
 def load_counters(engine: Any, values: dict[str, int]) -> None:
-    """Write what `counters` returned."""
+    """Write what `counters` returned.
+
+    A checkpoint lies between optimizer steps, so the micro-step counter is put on a multiple of *this* engine's
+    accumulation, which may differ from the one at saving (another stage, another world size).
+    """
     for name in COUNTERS:
         setattr(engine, name, values[name])
+    engine.micro_steps = engine.global_steps * engine.gradient_accumulation_steps()
 
 
 def at_boundary(engine: Any) -> bool:

@@ -82,7 +82,7 @@ class DeviceAugment:
         mix_switch: probability of CutMix where both are on.
         mean: channel means in 0..1.
         std: channel standard deviations in 0..1.
-        dtype: dtype of normalised images.
+        dtype: dtype of the images that the model gets.
     """
 
     def __init__(
@@ -130,7 +130,7 @@ class DeviceAugment:
         return batch
 
     def after(self, batch: Batch, step: int, micro: int) -> Batch:
-        """Normalise if nobody has yet, erase, mix.
+        """Normalise if nobody has yet, erase, mix (in float32), and cast to `dtype`.
 
         Args:
             batch: uint8 or normalised images (the latter are changed in place), labels and positions.
@@ -140,13 +140,15 @@ class DeviceAugment:
         Returns:
             `batch`, ready for the model and `mixed_cross_entropy`.
         """
-        self.evaluate(batch)
+        self._normalize(batch, torch.float32)
         if self.erasing is not None:
             batch.images = self.erasing(batch.images, _positions(batch), self.seed)
-        return self.mixer(batch, self.seed, step, micro)
+        batch = self.mixer(batch, self.seed, step, micro)
+        batch.images = batch.images.to(self.dtype)
+        return batch
 
     def evaluate(self, batch: Batch) -> Batch:
-        """Normalise if nobody has yet; all that an evaluation needs.
+        """Normalise if nobody has yet and cast to `dtype`; all that an evaluation needs.
 
         Args:
             batch: uint8 or normalised images.
@@ -154,9 +156,13 @@ class DeviceAugment:
         Returns:
             `batch`.
         """
-        if not batch.normalized:
-            batch.images = normalize(batch.images, batch.mean or self.mean, batch.std or self.std, self.dtype)
+        self._normalize(batch, self.dtype)
+        batch.images = batch.images.to(self.dtype)
         return batch
+
+    def _normalize(self, batch: Batch, dtype: torch.dtype) -> None:
+        if not batch.normalized:
+            batch.images = normalize(batch.images, batch.mean or self.mean, batch.std or self.std, dtype)
 
 
 def _positions(batch: Batch) -> np.ndarray:
