@@ -1,5 +1,7 @@
 # Everything is set up on first use: `make train` and `make test` need Python 3.10-3.12, a C++ compiler and a package index.
-PYTHON ?= $(shell for v in 3.12 3.11 3.10; do command -v python$$v >/dev/null 2>&1 && { echo python$$v; exit; }; done; echo python3)
+# the first interpreter that really runs and is of a supported version (a version manager's shim may exist and not run)
+PYTHON ?= $(shell for p in python3 python3.12 python3.11 python3.10; do \
+	$$p -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' >/dev/null 2>&1 && { echo $$p; exit; }; done; echo python3)
 VENV := .venv
 BIN := $(VENV)/bin
 RANKS ?= 2
