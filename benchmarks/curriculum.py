@@ -35,7 +35,8 @@ def run(config: str, ranks: int, folder: Path, overrides: list[str]) -> dict:
         raise SystemExit(done.stdout[-3000:] + done.stderr[-3000:])
     events = list(read_journal(folder / "journal.jsonl"))
     end = next(e for e in events if e["event"] == "end")
-    curve = [{k: e[k] for k in ("step", "top1", "ema_top1") if k in e} for e in events if e["event"] == "eval"]
+    evaluations = [e for e in events if e["event"] == "eval"]
+    curve = [{"step": e["step"], "seconds": e["train_seconds"], "top1": e["top1"]} for e in evaluations]
     return {
         "seconds": end["seconds"],
         "wall": wall,

@@ -258,7 +258,7 @@ class Trainer:
         self.results = results
         step, seconds = self.engine.step_index, time.monotonic() - start
         self.console.write(eval_line(step, results, samples=run.val_manifest.samples, seconds=seconds, best=self.best))
-        self._record("eval", step=step, **results)
+        self._record("eval", step=step, train_seconds=sum(self.meter.stage_seconds.values()), **results)
         if self.board is not None:
             self.board.scalars({f"eval/{name}": value for name, value in results.items()}, step)
 
