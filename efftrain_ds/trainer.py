@@ -33,7 +33,7 @@ from .observe.console import (
 )
 from .observe.journal import Journal
 from .observe.meters import Chrono, StepMeter
-from .observe.pictures import batch_picture, save_png
+from .observe.pictures import batch_picture, save_png, zoomed
 from .observe.tensorboard import TensorBoard
 from .planning import measured_throughput, outcomes, time_left
 from .train_eval import evaluate
@@ -156,7 +156,7 @@ class Trainer:
             self._log(done, stage)
         if self.measuring:
             return
-        if self.run_parts.val_loader is not None and (last or self._due(observe.eval_every, done)):
+        if self.run_parts.val_loader is not None and (last or self._eval_due(done)):
             self._evaluate()
         if last or self._save_due(checkpoint.every, done):
             self._save()
@@ -174,6 +174,13 @@ class Trainer:
             return False
         every = self._steps_of(parse_duration(text))
         return every is not None and step % max(every, 1) == 0
+
+    def _eval_due(self, step: int) -> bool:
+        """As `_due`, but not so near the end that the last evaluation repeats it."""
+        every = self._steps_of(parse_duration(self.config.efftrain.observe.eval_every)) or 0
+        return (
+            self._due(self.config.efftrain.observe.eval_every, step) and self.schedule.total_steps - step >= every // 2
+        )
 
     def _save_due(self, text: str | None, step: int) -> bool:
         if text is None:
@@ -395,6 +402,7 @@ class Trainer:
         picture = batch_picture(
             original.cpu(), batch.images[: len(original)].detach().float().cpu(), data.mean, data.std
         )
+        picture = zoomed(picture, original.shape[-1])
         if self.board is not None:
             self.board.image("batch/original_seen_spectrum", picture, step)
         save_png(picture, self.output / "pictures" / f"batch-step-{step:08d}.png")

@@ -89,6 +89,12 @@ def batch_picture(
     return canvas
 
 
+def zoomed(picture: np.ndarray, tile: int, least: int = 112) -> np.ndarray:
+    """A whole multiple of `picture` [H, W, 3], so that tiles of `tile` pixels become at least about `least`."""
+    factor = max(1, round(least / tile))
+    return picture.repeat(factor, axis=0).repeat(factor, axis=1)
+
+
 def save_png(picture: np.ndarray, path: str | Path) -> None:
     """Write a [H, W, 3] uint8 picture as PNG; the folder is made."""
     from PIL import Image

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from efftrain_ds.observe.pictures import GAP, batch_picture, denormalize, enlarge, save_png, spectrum
+from efftrain_ds.observe.pictures import GAP, batch_picture, denormalize, enlarge, save_png, spectrum, zoomed
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
 RED = np.array([255, 64, 64])
@@ -64,3 +64,10 @@ def test_grey_images_and_png(tmp_path: Path) -> None:
     save_png(picture, tmp_path / "deep" / "batch.png")
     with Image.open(tmp_path / "deep" / "batch.png") as image:
         assert np.array_equal(np.asarray(image), picture)
+
+
+def test_small_pictures_are_enlarged_by_whole_factors() -> None:
+    picture = np.arange(12, dtype=np.uint8).reshape(2, 2, 3)
+    assert np.array_equal(zoomed(picture, 28)[::4, ::4], picture)
+    assert zoomed(picture, 28).shape == (8, 8, 3)
+    assert zoomed(picture, 224).shape == picture.shape
