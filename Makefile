@@ -8,9 +8,9 @@ RANKS ?= 2
 CONFIG ?= ds_configs/smoke_et_vit_fmnist.json
 # DeepSpeed's compiled extension is built once here, before any time limit starts
 export TORCH_EXTENSIONS_DIR := $(CURDIR)/.torch_extensions
-# set beside each other: a GPU machine trains on its GPUs, another one on RANKS gloo processes
-GPUS := $(shell nvidia-smi -L 2>/dev/null | wc -l)
-LAUNCH := $(if $(filter 0,$(GPUS)),$(BIN)/deepspeed --num_accelerators $(RANKS),$(BIN)/deepspeed)
+# a GPU machine trains on up to RANKS of its GPUs, another one on RANKS gloo processes
+GPUS := $(shell nvidia-smi -L 2>/dev/null | grep -c "^GPU ")
+LAUNCH := $(if $(filter 0,$(GPUS)),$(BIN)/deepspeed --num_accelerators $(RANKS),$(BIN)/deepspeed --num_gpus $(shell echo $$(( $(GPUS) < $(RANKS) ? $(GPUS) : $(RANKS) ))))
 
 .PHONY: setup train measure plan test test-all lint docs clean
 

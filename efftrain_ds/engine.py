@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import os
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -23,7 +24,7 @@ from .config.loader import LoadedConfig, load_config
 from .core.batch import Batch
 from .core.compose import compose
 from .core.context import Context
-from .core.errors import CheckpointError, ConfigError, RebuildError
+from .core.errors import CheckpointError, ConfigError, NoEffectWarning, RebuildError
 from .core.method import Method
 from .core.registry import get_method
 from .core.timeline import Schedule, Stage
@@ -95,7 +96,10 @@ class EfficientEngine:
     # -- the proxy ---------------------------------------------------------------------------------------------
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self.__dict__["deepspeed_engine"], name)
+        engine = self.__dict__.get("deepspeed_engine")
+        if engine is None:  # while the proxy itself is being copied or built
+            raise AttributeError(name)
+        return getattr(engine, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in self.__dict__ or hasattr(type(self), name):
@@ -105,13 +109,27 @@ class EfficientEngine:
 
     def __call__(self, *inputs: Any, **kwargs: Any) -> Any:
         """Forward pass; in training the methods act on the first input, unless `prepare_batch` was called before it."""
+        if self.ema is not None and self.ema.stale:
+            self.ema.refresh()
         if not self._plain and self.deepspeed_engine.module.training:
             self.begin_step()
-            if self._hooks["on_batch"] and not self._prepared and inputs and isinstance(inputs[0], Tensor):
+            if self._hooks["on_batch"] and not self._prepared:
+                if not inputs or not isinstance(inputs[0], Tensor):
+                    self._warn_no_images()
+                    return self.deepspeed_engine(*inputs, **kwargs)
                 inputs = (self._run_on_batch(Batch(images=inputs[0])).images, *inputs[1:])
         return self.deepspeed_engine(*inputs, **kwargs)
 
     forward = __call__
+
+    def _warn_no_images(self) -> None:
+        names = ", ".join(m.name for m in self._hooks["on_batch"])
+        warnings.warn(
+            f"{names} found no images: pass them as the first positional argument of engine(...), or call "
+            "engine.prepare_batch(images, labels) before it",
+            NoEffectWarning,
+            stacklevel=3,
+        )
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> Any:
         """DeepSpeed's backward; the next forward pass is of another batch."""
@@ -258,19 +276,21 @@ class EfficientEngine:
         return {"step": self.context.step, "methods": {m.name: m.state_dict() for m in self.methods}}
 
     def load_efftrain_state(self, state: dict[str, Any]) -> None:
-        """Restore what `efftrain_state` returned; the next step enters its stage anew.
-
-        Raises:
-            CheckpointError: the state of other methods.
-        """
-        saved, active = sorted(state["methods"]), sorted(m.name for m in self.methods)
-        if saved != active:
-            raise CheckpointError(f"the checkpoint was made with methods {saved}, this run has {active}")
+        """Restore what `efftrain_state` returned; the next step enters its stage anew."""
         for method in self.methods:
             method.load_state_dict(state["methods"][method.name])
         self.context.step = state["step"]
         self.context.stage = None
         self._begun = False
+
+    def _check_state(self, extra: dict[str, Any]) -> None:
+        """Refuse the state of other methods, before anything is loaded."""
+        state = extra.get("efftrain")
+        if state is None:
+            raise CheckpointError("the checkpoint was not made by save_checkpoint of this package")
+        saved, active = sorted(state["methods"]), sorted(m.name for m in self.methods)
+        if saved != active:
+            raise CheckpointError(f"the checkpoint was made with methods {saved}, this run has {active}")
 
     def save_checkpoint(
         self,
@@ -329,6 +349,7 @@ class EfficientEngine:
             path,
             ema=self.ema,
             optimizer_state=full,
+            check=self._check_state if full else None,
             scheduler_state=load_lr_scheduler_states and not load_module_only,
         )
         if full:

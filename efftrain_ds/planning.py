@@ -142,7 +142,7 @@ class _ModelCost:
         """Forward MACs of one image.
 
         Raises:
-            PlanError: the model takes no images of this side.
+            ModelError: the model takes no images of this side.
         """
         if self.shape is not None:
             return self.shape.macs(resolution, self.classes)
@@ -152,7 +152,7 @@ class _ModelCost:
             from .models.adapters import accepts_sizes
 
             accepted, reason = accepts_sizes(self.module)
-            raise PlanError(f"efftrain.model.name: {error if accepted else reason}") from error
+            raise ModelError(f"efftrain.model.name: {error if accepted else reason}") from error
 
     def activations(self, resolution: int, micro_batch: int, precision: str) -> int:
         """Estimated activation bytes of one micro-batch."""

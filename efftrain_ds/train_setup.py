@@ -18,6 +18,7 @@ from deepspeed.accelerator import get_accelerator
 
 from .config.loader import LoadedConfig
 from .core.durations import parse_duration
+from .core.ranks import local_world
 from .core.rng import derive_seed
 from .core.timeline import Schedule
 from .cost.plan import PricedPlan, PricedStage
@@ -68,8 +69,7 @@ def start_processes(config: LoadedConfig) -> tuple[int, int, torch.device]:
     accelerator = get_accelerator()
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     if accelerator.device_name() == "cpu":
-        local = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local))
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world()))
     else:
         accelerator.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     deepspeed.init_distributed(accelerator.communication_backend_name(), verbose=False)

@@ -211,10 +211,11 @@ class Trainer:
             return None
         client = store.read_extra(path)["client"]
         mine = schedule_digest(self.schedule)
-        if client["plan"] != mine:
+        if client.get("plan") != mine:
             raise CheckpointError(
-                f"{path} was made by another plan ({client['plan']}, this one is {mine}): the stages, the batch or the "
-                "seed differ. Set efftrain.run.output to a new folder, or efftrain.checkpoint.resume to false"
+                f"{path} was made by another plan ({client.get('plan')}, this one is {mine}): the stages, the "
+                "batch or the seed differ. Set efftrain.run.output to a new folder, or efftrain.checkpoint.resume "
+                "to false"
             )
         _, client = self.engine.load_checkpoint(self._folder, path.name)
         assert client is not None

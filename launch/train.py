@@ -9,9 +9,10 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import traceback
 
 from efftrain_ds.cli.args import add_config_arguments
-from efftrain_ds.core.errors import EffTrainError
+from efftrain_ds.core.errors import ConfigError, EffTrainError, ModelError, PlanError
 
 
 def main() -> int:
@@ -39,8 +40,13 @@ def main() -> int:
 
         Trainer(config, measure_steps=arguments.measure).run()
     except EffTrainError as error:
-        print(f"[rank {rank}] {error}" if rank else str(error), file=sys.stderr, flush=True)
+        # what is wrong with the input is the same on all ranks: one of them says it
+        if rank == 0 or not isinstance(error, (ConfigError, PlanError, ModelError)):
+            print(f"[rank {rank}] {error}" if rank else str(error), file=sys.stderr, flush=True)
         return error.exit_code
+    except Exception:
+        print(f"[rank {rank}]", traceback.format_exc(), file=sys.stderr, flush=True)
+        return 1
     return 0
 
 

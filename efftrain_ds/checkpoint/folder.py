@@ -52,19 +52,26 @@ def write_json(path: Path, document: object) -> None:
     sync_file(path)
 
 
-def seal(partial: Path, final: Path, digests: dict[str, dict]) -> None:
-    """Turn a complete temporary folder into the checkpoint `final` and point ``latest`` at it."""
+def seal(partial: Path, final: Path, digests: dict[str, dict], *, latest: bool = True) -> None:
+    """Turn a complete temporary folder into the checkpoint `final` and point ``latest`` at it.
+
+    A checkpoint of the same name is moved aside first and deleted last, so that one of the two is always there.
+    """
     write_json(partial / MANIFEST, {"format": 1, "files": digests})
     sync_file(partial)
+    old = final.parent / f".tmp-old-{final.name}"
     if final.exists():
-        shutil.rmtree(final)
+        shutil.rmtree(old, ignore_errors=True)
+        final.rename(old)
     partial.rename(final)
     sync_file(final.parent)
-    pointer = final.parent / (LATEST + ".partial")
-    pointer.write_text(final.name + "\n")
-    sync_file(pointer)
-    pointer.replace(final.parent / LATEST)
-    sync_file(final.parent)
+    if latest:
+        pointer = final.parent / (LATEST + ".partial")
+        pointer.write_text(final.name + "\n")
+        sync_file(pointer)
+        pointer.replace(final.parent / LATEST)
+        sync_file(final.parent)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def verify(folder: Path) -> dict:
@@ -115,6 +122,13 @@ def newest_good(root: Path) -> Path | None:
     Raises:
         CheckpointError: there are checkpoints and none of them verifies.
     """
+    pointer = root / LATEST
+    named = root / pointer.read_text().strip() if pointer.is_file() else None
+    if named is not None and named.is_dir() and not (named / MANIFEST).exists() and not candidates(root):
+        raise CheckpointError(
+            f"{named}: has no {MANIFEST}; it looks like DeepSpeed's own form, which this version does not read. Load "
+            "it with engine.deepspeed_engine.load_checkpoint, or name another folder"
+        )
     problems = []
     for folder in candidates(root):
         try:

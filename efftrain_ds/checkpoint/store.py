@@ -6,6 +6,7 @@ import json
 import logging
 import random
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -109,6 +110,8 @@ def save(
     Raises:
         CheckpointError: writing failed on some rank; earlier checkpoints are untouched.
     """
+    if ema is not None and ema.swapped:
+        raise CheckpointError("a checkpoint cannot be saved while the average is swapped in (evaluating)")
     if not access.at_boundary(engine):
         raise CheckpointError("a checkpoint can be saved only between optimizer steps (accumulation is in flight)")
     rank, world = _rank_world()
@@ -132,7 +135,7 @@ def save(
     if not problems:
         try:
             written = _write_all(engine, partial, rank, world, step, extra, ema, layout, frozen_values)
-        except (OSError, CheckpointError, RuntimeError) as problem:
+        except Exception as problem:  # whatever it is, the other ranks must hear of it instead of waiting
             error = f"{type(problem).__name__}: {problem}"
         problems = _agree(error)
     entries: list[Any] = [written]
@@ -145,11 +148,7 @@ def save(
                 digests = {
                     entry["name"]: {k: entry[k] for k in ("bytes", "sha256")} for part in entries for entry in part
                 }
-                previous = (root / "latest").read_text() if (root / "latest").is_file() else None
-                seal(partial, final, digests)
-                if not latest:
-                    pointer = root / "latest"
-                    pointer.unlink() if previous is None else pointer.write_text(previous)
+                seal(partial, final, digests, latest=latest)
                 if keep is not None:
                     prune(root, keep, protect=[final])
         except OSError as problem:
@@ -259,25 +258,37 @@ def load(
     ema: ShardedEma | None = None,
     optimizer_state: bool = True,
     scheduler_state: bool = True,
+    check: Callable[[dict[str, Any]], None] | None = None,
 ) -> Loaded:
     """Put a verified checkpoint into a DeepSpeedEngine of any world size and ZeRO stage.
+
+    Args:
+        engine: the DeepSpeedEngine.
+        path: the checkpoint folder.
+        ema: average to fill.
+        optimizer_state: load moments, counters, scaler, groups and RNG too.
+        scheduler_state: load the scheduler.
+        check: called with the caller's own state before anything changes; raises CheckpointError to refuse.
 
     Raises:
         CheckpointError: it belongs to another model. The engine is then unchanged.
     """
     rank, world = _rank_world()
-    document = read_document(path)
-    state_tensors = load_file(str(path / "state.safetensors"))
-    reader = ShardReader(path, document["world"])
     layout = access.layout_of(engine)
     error = None
     try:
+        document = read_document(path)
+        state_tensors = load_file(str(path / "state.safetensors"))
+        reader = ShardReader(path, document["world"])
         reader.check(layout.shapes)
-        _check_groups(document, layout, state_tensors, optimizer_state, path)
-    except CheckpointError as problem:
-        error = str(problem)
-    if _agree(error):
-        raise CheckpointError(error or f"{path}: refused on another rank")
+        _check_model(engine, document, state_tensors, layout, optimizer_state, path)
+        if check is not None:
+            check(from_plain(document["extra"], state_tensors))
+    except Exception as problem:
+        error = str(problem) if isinstance(problem, CheckpointError) else f"{type(problem).__name__}: {problem}"
+    problems = _agree(error)
+    if problems:
+        raise CheckpointError(error or problems[0])
     read_into(reader, layout, ema.shadow if ema is not None else None, optimizer_state)
     layout.push()
     _load_frozen(engine, state_tensors)
@@ -302,19 +313,25 @@ def load(
     return Loaded(path, document["step"], from_plain(document["extra"], state_tensors), document["world"])
 
 
-def _check_groups(document: dict, layout: Layout, tensors: dict, optimizer_state: bool, path: Path) -> None:
+def _check_model(
+    engine: Any, document: dict, tensors: dict[str, Tensor], layout: Layout, optimizer_state: bool, path: Path
+) -> None:
+    """Shapes of masters and frozen parameters, and the number of parameter groups."""
     saved = from_plain(document["groups"], tensors)
     if optimizer_state and len(saved) != len(layout.base.param_groups):
         raise CheckpointError(
             f"{path}: {len(saved)} parameter groups, the optimizer has {len(layout.base.param_groups)}"
         )
+    shapes = {name: (list(shape), document["shapes"].get(name)) for name, shape in layout.shapes.items()}
+    for name, parameter in access.frozen_parameters(engine.module):
+        value = tensors.get(f"frozen.{name}")
+        shapes[name] = (list(access.full_shape(parameter)), None if value is None else list(value.shape))
+    wrong = [f"{name} is {found}, the model's is {own}" for name, (own, found) in shapes.items() if own != found]
+    if wrong:
+        raise CheckpointError(f"{path}: the checkpoint belongs to another model\n  " + "\n  ".join(wrong[:5]))
 
 
 def _load_frozen(engine: Any, tensors: dict[str, Tensor]) -> None:
     for name, parameter in access.frozen_parameters(engine.module):
-        value = tensors.get(f"frozen.{name}")
-        if value is None:
-            continue
         with access.gather_full([parameter], modifier_rank=0), torch.no_grad():
-            if parameter.numel() == value.numel():
-                parameter.copy_(value)
+            parameter.copy_(tensors[f"frozen.{name}"])

@@ -15,7 +15,14 @@ def _check_duration(text: str) -> str:
     return text
 
 
+def _check_steps(text: str) -> str:
+    if parse_duration(text).seconds is not None:
+        raise ValueError(f'only steps, epochs and percent are possible here ("500st", "2ep", "10%"), found {text!r}')
+    return text
+
+
 DurationText = Annotated[str, AfterValidator(_check_duration)]
+StepText = Annotated[str, AfterValidator(_check_steps)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
@@ -137,7 +144,7 @@ class OptimConfig(StrictModel):
 
     schedule: Literal["cosine", "constant"] = "cosine"
     """Shape after the warm-up."""
-    warmup: DurationText = "5%"
+    warmup: StepText = "5%"
     """Linear warm-up from 0: "20ep", "500st" or "5%" of the budget."""
     min_lr: float = Field(1e-6, ge=0)
     """Learning rate at the end."""
@@ -163,9 +170,9 @@ class ObserveConfig(StrictModel):
     """Write TensorBoard files under output/tensorboard."""
     log_every: int = Field(50, gt=0)
     """Optimizer steps between two run lines."""
-    images_every: DurationText | None = "25%"
+    images_every: StepText | None = "25%"
     """Interval of the pictures of the batch as the network sees it; null = off."""
-    eval_every: DurationText = "10%"
+    eval_every: StepText = "10%"
     """Interval of the evaluations (one always follows the last step)."""
 
 

@@ -8,7 +8,6 @@ no flush. What was prefetched but not trained on is simply issued again after a 
 from __future__ import annotations
 
 import logging
-import os
 import shutil
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -22,6 +21,7 @@ from torch.utils.data import DataLoader
 
 from ..core.batch import Batch
 from ..core.errors import CheckpointError, PlanError
+from ..core.ranks import local_world
 from .manifest import Manifest
 from .order import PLAN_VERSION, SampleOrder, default_streams
 from .quarantine import Quarantine
@@ -298,7 +298,7 @@ class TrainLoader:
         if self.workers == 0 or size <= self._checked_bytes or not _SHM.is_dir():
             return
         self._checked_bytes = size
-        ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        ranks = local_world()
         needed = size * (self.prefetch * self.workers + 2) * ranks
         free = shutil.disk_usage(_SHM).free
         if needed > free:

@@ -139,10 +139,14 @@ class Layout:
 
     def set_scalars(self, flat: int, values: dict[str, float]) -> None:
         """Write numbers in the form the base optimizer keeps them (0-dim float32 tensors for torch's own)."""
-        state = self.base.state[self.flats[flat].master]
+        master = self.flats[flat].master
+        state = self.base.state[master]
+        group = self.base.param_groups[self.flats[flat].group]
+        # torch keeps the step on the host unless its fused or capturable form asks for the device
+        device = master.device if group.get("fused") or group.get("capturable") else "cpu"
         torch_form = type(self.base).__module__.startswith("torch.")
         for key, value in values.items():
-            state[key] = torch.tensor(value, dtype=torch.float32) if torch_form else int(value)
+            state[key] = torch.tensor(value, dtype=torch.float32, device=device) if torch_form else int(value)
 
 
 def private_names() -> dict[str, tuple[str, ...]]:

@@ -30,12 +30,15 @@ class ShardedEma:
         self.warmup = warmup
         self.updates = 0
         self.shadow: list[Tensor] = [tensor.clone() for tensor in layout.tensors("fp32")]
-        self._swapped = False
+        self.swapped = False
+        """True while the model computes with the average."""
+        self.stale = False
+        """True after an evaluation ended in an exception: the working weights still are the average."""
 
     @torch.no_grad()
     def update(self) -> None:
         """Fold the current masters in; call once after each applied optimizer step."""
-        assert not self._swapped, "the average is swapped in; leave the evaluation first"
+        assert not self.swapped, "the average is swapped in; leave the evaluation first"
         self.updates += 1
         decay = self.decay
         if self.warmup:
@@ -49,15 +52,25 @@ class ShardedEma:
         """Let the model compute with the average; the masters come back unchanged, to the bit. Collective."""
         kept = [tensor.clone() for tensor in self.layout.tensors("fp32")]
         self._write(self.shadow)
-        self._swapped = True
+        self.swapped = True
         try:
             yield
-        finally:
-            self._write(kept)
-            self._swapped = False
+        except BaseException:
+            # another rank may not get here: no collective now, the next forward pass refreshes the weights
+            self._write(kept, push=False)
+            self.swapped, self.stale = False, True
+            raise
+        self._write(kept)
+        self.swapped = False
+
+    def refresh(self) -> None:
+        """Put the masters back into the working weights after an evaluation that failed. Collective."""
+        self.layout.push()
+        self.stale = False
 
     @torch.no_grad()
-    def _write(self, values: list[Tensor]) -> None:
+    def _write(self, values: list[Tensor], push: bool = True) -> None:
         for master, value in zip(self.layout.tensors("fp32"), values, strict=True):
             master.copy_(value)
-        self.layout.push()
+        if push:
+            self.layout.push()

@@ -104,6 +104,17 @@ def test_batch_changes_between_steps(ranks, stage):
         assert [tuple(s) for s in result["steps"]] == [(2, 2, 16), (4, 4, 16), (6, 6, 16), (8, 8, 16)]
 
 
+def test_guards(ranks, tmp_path):
+    for found in ranks(jobs.guard_job, str(tmp_path)):
+        assert "swapped in" in found["inside"]
+        assert found["stale"]
+        assert found["masters"] == []
+        assert found["refreshed"] == ([], False)
+        assert "a.weight is [33, 5], the model's is [5, 33]" in found["shape"]
+        assert "DeepSpeed's own form" in found["native"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["best", "latest", "native"]
+
+
 def test_private_names_exist():
     import importlib
 

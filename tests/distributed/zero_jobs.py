@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import nn
 
 import efftrain_ds
+from efftrain_ds.core.errors import CheckpointError
 from efftrain_ds.zero import access
 
 
@@ -238,7 +239,7 @@ def wrong_model_job(folder: str) -> str:
     try:
         engine.load_checkpoint(folder)
         text = "loaded"
-    except efftrain_ds.core.errors.CheckpointError as error:
+    except CheckpointError as error:
         text = str(error)
     unchanged = not same(before, full_state(engine))
     release(engine)
@@ -259,3 +260,49 @@ def batch_job(stage: int) -> dict:
         steps.append((engine.global_steps, engine.step_index, engine.train_batch_size()))
     release(engine)
     return {"steps": steps}
+
+
+def guard_job(folder: str) -> dict:
+    """Saving inside an evaluation of the average, a failed evaluation, a transposed layer, a foreign folder."""
+    engine = make(2, "bf16")
+    train(engine, 0, 2)
+    found = {}
+    before, seen = full_state(engine), weights(engine)
+    try:
+        with engine.evaluating(ema=True):
+            try:
+                engine.save_checkpoint(folder)
+            except CheckpointError as error:
+                found["inside"] = str(error)
+            raise KeyError("a mistake in the user's validation")
+    except KeyError:
+        found["stale"] = engine.ema.stale
+    found["masters"] = same(before, full_state(engine))
+    with torch.no_grad():
+        engine(torch.zeros(1, 5, dtype=torch.bfloat16))
+    found["refreshed"] = same(seen, weights(engine)), engine.ema.stale
+    engine.save_checkpoint(folder, tag="best")
+    engine.save_checkpoint(folder, tag="best", save_latest=False)
+    release(engine)
+    model = nn.Sequential()
+    model.a, model.b = nn.Linear(33, 5), nn.Linear(33, 7)  # a.weight transposed: as many elements, another shape
+    model.norm = nn.LayerNorm(33)
+    model.a.bias = nn.Parameter(torch.zeros(33))
+    other, *_ = efftrain_ds.initialize(
+        model=model, model_parameters=model.parameters(), config=ds_config(1, "fp32", ema=False)
+    )
+    try:
+        other.load_checkpoint(folder, "best")
+    except CheckpointError as error:
+        found["shape"] = str(error)
+    native = Path(folder) / "native"
+    if dist.get_rank() == 0:
+        (native / "global_step7").mkdir(parents=True)
+        (native / "latest").write_text("global_step7")
+    dist.barrier()
+    try:
+        other.load_checkpoint(native)
+    except CheckpointError as error:
+        found["native"] = str(error)
+    release(other)
+    return found

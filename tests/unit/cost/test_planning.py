@@ -6,7 +6,7 @@ import pytest
 
 from efftrain_ds.cli.main import main
 from efftrain_ds.config.loader import LoadedConfig, load_config
-from efftrain_ds.core.errors import ConfigError, PlanError
+from efftrain_ds.core.errors import ConfigError, ModelError, PlanError
 from efftrain_ds.core.method import Method
 from efftrain_ds.core.registry import register_method, unregister_method
 from efftrain_ds.core.strict import StrictModel
@@ -104,7 +104,7 @@ def test_conv_net_and_a_model_of_one_size() -> None:
     methods = {"half_size": {"side": 32}}
     plan = make_plan(load(model={"name": "resnet18"}, data=data, methods=methods), world=1)
     assert plan.stages[0].macs / plan.full_macs == pytest.approx(0.25, rel=0.01)
-    with pytest.raises(PlanError, match=r"efftrain\.model\.name: .*one size|efftrain\.model\.name: .*one image size"):
+    with pytest.raises(ModelError, match=r"efftrain\.model\.name: .*one size|efftrain\.model\.name: .*one image size"):
         make_plan(load(model={"name": "swin_tiny_patch4_window7_224"}, data=data, methods=methods), world=1)
 
 
