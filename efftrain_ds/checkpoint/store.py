@@ -317,11 +317,6 @@ def _check_model(
     engine: Any, document: dict, tensors: dict[str, Tensor], layout: Layout, optimizer_state: bool, path: Path
 ) -> None:
     """Shapes of masters and frozen parameters, and the number of parameter groups."""
-    saved = from_plain(document["groups"], tensors)
-    if optimizer_state and len(saved) != len(layout.base.param_groups):
-        raise CheckpointError(
-            f"{path}: {len(saved)} parameter groups, the optimizer has {len(layout.base.param_groups)}"
-        )
     shapes = {name: (list(shape), document["shapes"].get(name)) for name, shape in layout.shapes.items()}
     for name, parameter in access.frozen_parameters(engine.module):
         value = tensors.get(f"frozen.{name}")
@@ -329,6 +324,11 @@ def _check_model(
     wrong = [f"{name} is {found}, the model's is {own}" for name, (own, found) in shapes.items() if own != found]
     if wrong:
         raise CheckpointError(f"{path}: the checkpoint belongs to another model\n  " + "\n  ".join(wrong[:5]))
+    saved = from_plain(document["groups"], tensors)
+    if optimizer_state and len(saved) != len(layout.base.param_groups):
+        raise CheckpointError(
+            f"{path}: {len(saved)} parameter groups, the optimizer has {len(layout.base.param_groups)}"
+        )
 
 
 def _load_frozen(engine: Any, tensors: dict[str, Tensor]) -> None:

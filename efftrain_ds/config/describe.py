@@ -14,9 +14,10 @@ from annotated_types import GroupedMetadata
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from .sections import DurationText
+from .sections import DurationText, StepText
 
 _DURATION_MARK = get_args(DurationText)[1]
+_STEP_MARK = get_args(StepText)[1]
 _KIND_WORDS = {
     "integer": "a whole number",
     "number": "a number",
@@ -173,6 +174,8 @@ def _parts(tp: Any, outer: list[Any]) -> list[str]:
         return ["true", "false"]
     if isinstance(origin, type) and issubclass(origin, Enum):
         return [show(member.value) for member in origin]
+    if base is str and _STEP_MARK in metadata:
+        return ['a duration in steps ("500st", "2ep", "10%")']
     if base is str and _DURATION_MARK in metadata:
         return ['a duration ("500st", "2ep", "10%", "30min")']
     kinds = kinds_of(base)

@@ -33,11 +33,11 @@ def config_file(tmp_path: Path) -> Any:
     return write
 
 
-def fake_verb(monkeypatch: pytest.MonkeyPatch, action: Any, default: str = "func") -> None:
+def fake_verb(monkeypatch: pytest.MonkeyPatch, action: Any) -> None:
     module = types.ModuleType("efftrain_ds.cli.fake")
 
     def add_parser(subparsers: Any) -> None:
-        subparsers.add_parser("fake").set_defaults(**{default: action})
+        subparsers.add_parser("fake").set_defaults(func=action)
 
     module.add_parser = add_parser  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "efftrain_ds.cli.fake", module)
@@ -76,10 +76,9 @@ def test_every_verb_has_help(name: str, capsys: pytest.CaptureFixture[str]) -> N
     assert f"efftrain {name}" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("default", ["func", "run"])
 @pytest.mark.parametrize(("result", "code"), [(0, 0), (None, 0), (5, 5)])
-def test_exit_code_of_a_verb(monkeypatch: pytest.MonkeyPatch, default: str, result: Any, code: int) -> None:
-    fake_verb(monkeypatch, lambda args: result, default)
+def test_exit_code_of_a_verb(monkeypatch: pytest.MonkeyPatch, result: Any, code: int) -> None:
+    fake_verb(monkeypatch, lambda args: result)
     assert cli.main(["fake"]) == code
 
 

@@ -147,7 +147,17 @@ def test_everything_wrong_at_once(methods: Any) -> None:
         (
             {"optim": {"warmup": 20}},
             "efftrain.optim.warmup",
-            'found 20 (a whole number), allowed: a duration ("500st", "2ep", "10%", "30min")',
+            'found 20 (a whole number), allowed: a duration in steps ("500st", "2ep", "10%")',
+        ),
+        (
+            {"checkpoint": {"every": 20}},
+            "efftrain.checkpoint.every",
+            'found 20 (a whole number), allowed: a duration ("500st", "2ep", "10%", "30min") or null',
+        ),
+        (
+            {"observe": {"eval_every": "30min"}},
+            "efftrain.observe.eval_every",
+            """only steps, epochs and percent are possible here ("500st", "2ep", "10%"), found '30min'""",
         ),
         (
             {"checkpoint": {"every": "soon"}},
