@@ -92,15 +92,20 @@ def schedule_digest(schedule: Schedule) -> str:
 
 
 def shortened(plan: PricedPlan, steps: int) -> PricedPlan:
-    """A few steps of every different kind of stage, for measuring how long a step takes."""
+    """`steps` steps of every different kind of stage, for measuring how long a step takes.
+
+    A round of half as many goes before it: caches fill and code warms up there, and of two stretches of the same kind
+    the longer one is taken for the profile.
+    """
     kinds: dict[tuple, PricedStage] = {}
     for priced in plan.stages:
         kinds.setdefault(priced.work_key, priced)
+    parts = [(priced, max(1, steps // 2)) for priced in kinds.values()] + [(priced, steps) for priced in kinds.values()]
     stages: list[PricedStage] = []
-    for index, priced in enumerate(kinds.values()):
+    for index, (priced, count) in enumerate(parts):
         first = stages[-1].stage.end_step if stages else 0
-        edges = {"p_start": index / len(kinds), "p_end": (index + 1) / len(kinds)}
-        stage = replace(priced.stage, index=index, start_step=first, end_step=first + steps, **edges)
+        edges = {"p_start": index / len(parts), "p_end": (index + 1) / len(parts)}
+        stage = replace(priced.stage, index=index, start_step=first, end_step=first + count, **edges)
         stages.append(replace(priced, stage=stage))
     schedule = Schedule(tuple(s.stage for s in stages), plan.schedule.spec, plan.schedule.pacing)
     return replace(plan, schedule=schedule, stages=tuple(stages))

@@ -300,7 +300,7 @@ class Trainer:
         run, data = self.run_parts, self.config.efftrain.data
         if self.measuring:
             self.console.write(
-                f"measuring {self.schedule.total_steps} steps, {len(self.schedule.stages)} kinds of stage"
+                f"measuring {self.schedule.total_steps} steps, {len(self.schedule.stages) // 2} kinds of stage"
             )
             return
         device = torch.cuda.get_device_name() if run.device.type == "cuda" else "cpu"

@@ -24,10 +24,10 @@ def main() -> int:
         "--measure",
         type=int,
         nargs="?",
-        const=12,
+        const=24,
         default=None,
         metavar="STEPS",
-        help="time STEPS steps of every kind of stage (default 12), store the profile for the plan, and stop",
+        help="time STEPS steps of every kind of stage (default 24), store the profile for the plan, and stop",
     )
     arguments = parser.parse_args()
     rank = int(os.environ.get("RANK", "0"))

@@ -17,7 +17,8 @@ pytestmark = pytest.mark.dist
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_stopped_and_resumed_is_the_same_run(ranks, tmp_path, stage):
-    stops = [1, 9, 10] if stage in (0, 3) else [4, 17]
+    # every step of the run is a possible stop on one stage; the edges of the stages on all of them
+    stops = list(range(1, 20)) if stage == 2 else [1, 9, 10, 17]
     for rank, result in enumerate(ranks(jobs.resume_run, str(tmp_path), stage, stops)):
         assert result["problems"] == []
         assert result["steps"] == 20
@@ -89,7 +90,7 @@ def test_evaluation_and_logs(ranks, tmp_path):
 
 def test_measured_profile_prices_the_run(ranks, tmp_path):
     first, _ = ranks(jobs.measured_run, str(tmp_path))
-    assert (first["kinds"], first["steps"]) == (3, 9)
+    assert (first["stages"], first["steps"]) == (6, 12)  # a warm-up round, then three steps of each kind
     assert not (tmp_path / "checkpoints").exists() or "resumed" not in first["screen"]
     profile = json.loads((tmp_path / "throughput.json").read_text())
     assert sorted(e["bandwidth"] for e in profile["entries"]) == [12, 20, 28]

@@ -148,12 +148,12 @@ def measured_run(folder: str) -> dict:
     measuring = Trainer(config, measure_steps=3)
     measuring.console._stream = io.StringIO()
     measuring.run()
-    kinds = len(measuring.schedule.stages)
+    stages = len(measuring.schedule.stages)
     trainer, screen = go(run_config(folder))
     for one in (measuring, trainer):
         one.engine.destroy()
     return {
-        "kinds": kinds,
+        "stages": stages,
         "steps": measuring.schedule.total_steps,
         "predicted": trainer.plan.seconds,
         "screen": screen,

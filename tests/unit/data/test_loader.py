@@ -89,8 +89,9 @@ def changing(consumed):
     return TicketSpec(9, 1) if consumed < 291 else None
 
 
-def test_three_ranks_see_every_sample_once_an_epoch_while_the_batch_changes(manifest):
-    loaders = [make(manifest, changing, rank=rank, world=3) for rank in range(3)]
+@pytest.mark.parametrize("workers", [0, 2])
+def test_three_ranks_see_every_sample_once_an_epoch_while_the_batch_changes(manifest, workers):
+    loaders = [make(manifest, changing, rank=rank, world=3, workers=workers) for rank in range(3)]
     sizes = [[len(batch) for batch in loader] for loader in loaders]
     # Equal step counts: 9 steps of 2 x 2, 4 of 1 x 7, 11 of 3 x 1 micro-batches on every rank, each of them full.
     assert sizes == [[2] * 18 + [7] * 4 + [1] * 33] * 3
@@ -100,6 +101,8 @@ def test_three_ranks_see_every_sample_once_an_epoch_while_the_batch_changes(mani
         assert sorted(found[p][0] for p in range(epoch * N, (epoch + 1) * N)) == list(range(N))
     assert all(label == row % 10 for row, label, _ in found.values())
     assert len({found[p][2] for p in range(N)}) == N
+    for loader in loaders:
+        loader.close()
 
 
 def test_consecutive_positions_go_round_the_ranks_and_micro_batches_are_in_order(manifest):
