@@ -155,9 +155,14 @@ def vit_shape(name: str, kwargs: Mapping[str, Any] | None = None, *, image: int 
         return None
     arguments = dict(kwargs or {})
     grid = arguments.pop("img_size", None)
+    # without a class token the patches are averaged; timm then moves the last norm behind the pooling (same size)
+    pool, token = arguments.pop("global_pool", "token"), arguments.pop("class_token", True)
+    if pool not in ("token", "avg") or not isinstance(token, bool) or (pool == "token" and not token):
+        return None
     dim, depth = _WIDTHS[size]
     deit3 = family == "deit3"
     shape = VitShape(int(patch), dim, depth, int(side), layer_scale=deit3, embeds_prefix=not deit3)
+    shape = replace(shape, prefix=int(token))
     if set(arguments) - set(_SHAPING) - _NEUTRAL or not (grid is None or isinstance(grid, int)):
         return None
     changes = {_SHAPING[key]: value for key, value in arguments.items() if key in _SHAPING}
