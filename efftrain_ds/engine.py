@@ -20,28 +20,21 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from .checkpoint import store
-from .config.loader import LoadedConfig, load_config
+from .config.loader import LoadedConfig, build_methods, load_config
 from .core.batch import Batch
-from .core.compose import compose
 from .core.context import Context
 from .core.errors import CheckpointError, ConfigError, NoEffectWarning, RebuildError
 from .core.method import Method
-from .core.registry import get_method
 from .core.timeline import Schedule, Stage
 from .embedded import embedded_schedule
 from .zero import access
+from .zero.blueprint import copy_blueprint, digest, make_blueprint
 from .zero.ema import ShardedEma
+from .zero.groups import GroupPlan
+from .zero.rebuild import Rebuilder, Report
+from .zero.request import RebuildRequest, compose_requests
 
 _HOOKS = ("on_stage_enter", "on_step_start", "on_batch", "on_boundary", "on_step_end", "loss_term")
-
-
-def build_methods(config: LoadedConfig) -> list[Method]:
-    """Instances of the configured methods, in run order.
-
-    Raises:
-        ConfigError: methods that cannot run together.
-    """
-    return compose([get_method(name)(settings) for name, settings in config.methods.items()])
 
 
 class EfficientEngine:
@@ -56,6 +49,8 @@ class EfficientEngine:
         schedule: stages of the run, or None without a plan.
         context: what the methods see.
         ema: average of the weights, or None.
+        rebuilder: changes parameters in mid-run, or None where nothing was set up for it.
+        rebuilds: history of changes of parameters: plain dictionaries, stored in checkpoints.
     """
 
     def __init__(
@@ -68,9 +63,16 @@ class EfficientEngine:
         ema: ShardedEma | None = None,
         owns_batch: bool = False,
         record: Callable[..., None] | None = None,
+        rebuilder: Rebuilder | None = None,
+        original: nn.Module | None = None,
     ):
         own = self.__dict__
         own["deepspeed_engine"] = engine
+        own["rebuilder"] = rebuilder
+        own["rebuilds"] = []
+        own["_original"] = original
+        own["_pending"] = None
+        own["_compile"] = None
         own["methods"] = list(methods)
         own["schedule"] = schedule
         own["ema"] = ema
@@ -152,7 +154,7 @@ class EfficientEngine:
         """Enter the stage and start the step if this is the first micro-batch; called by the forward pass too.
 
         Raises:
-            RebuildError: a method asks for a change of parameters, which this version cannot carry out.
+            RebuildError: a method's change of parameters cannot be carried out; the state before it is kept.
         """
         if self._begun:
             return
@@ -168,9 +170,7 @@ class EfficientEngine:
     def _enter_stage(self, stage: Stage) -> None:
         ctx = self.context
         ctx.stage = stage
-        requests = [method.on_stage_enter(ctx, stage) for method in self._hooks["on_stage_enter"]]
-        if any(request is not None for request in requests):
-            raise RebuildError(f"stage {stage.index}: changing parameters during a run is not possible in this version")
+        self._run_requests(method.on_stage_enter(ctx, stage) for method in self._hooks["on_stage_enter"])
         if self._owns_batch:
             access.set_batch(self.deepspeed_engine, stage.micro_batch, stage.accumulation)
         ctx.record(
@@ -181,6 +181,71 @@ class EfficientEngine:
             micro_batch=stage.micro_batch,
             accumulation=stage.accumulation,
         )
+
+    # -- changing parameters -----------------------------------------------------------------------------------
+
+    @property
+    def blueprint(self) -> nn.Module:
+        """The current module without weights, as requests see it: with the changes asked for at this boundary so far.
+
+        Raises:
+            RebuildError: the engine was not set up for changes of parameters.
+        """
+        if self._pending is not None:
+            return self._pending
+        if self.rebuilder is None:
+            raise RebuildError("this engine cannot change parameters; use efftrain_ds.initialize(..., rebuildable=True)")
+        return self.rebuilder.blueprint
+
+    def rebuild(self, request: RebuildRequest) -> Report:
+        """Change parameters now, between two optimizer steps. Collective.
+
+        Raises:
+            RebuildError: the request does not fit (nothing was touched), or carrying it out failed (the state before
+                is restored).
+        """
+        assert self.blueprint is not None and self.rebuilder is not None
+        step = self.context.step
+        plan = self.rebuilder.plan(self.deepspeed_engine, request, step=step, ema=self.ema)
+        parent = digest(self.rebuilder.blueprint)
+        report = self.rebuilder.execute(self, plan)
+        if self._compile is not None:
+            self.deepspeed_engine.compile(*self._compile[0], **self._compile[1])
+        self.rebuilds.append(
+            {"step": step, "reason": request.reason, "parent": parent, "child": digest(self.rebuilder.blueprint)}
+        )
+        self.context.record(
+            "rebuild",
+            reason=request.reason,
+            seconds=report.seconds,
+            parts=dict(report.parts),
+            parameters=list(report.parameters),
+        )
+        for method in self.methods:
+            method.on_rebuilt(self.context)
+        return report
+
+    def _run_requests(self, requests: Iterator[RebuildRequest | None]) -> None:
+        """Several requests of one boundary become one rebuild; each sees the module with those before it applied."""
+        combined: RebuildRequest | None = None
+        try:
+            for request in requests:
+                if request is None:
+                    continue
+                if combined is None:
+                    combined = request
+                else:
+                    combined = compose_requests(combined, request)
+                self._pending = request.surgery(copy_blueprint(self.blueprint))
+        finally:
+            self._pending = None
+        if combined is not None:
+            self.rebuild(combined)
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """DeepSpeed's compile; done again after each change of parameters."""
+        self.deepspeed_engine.compile(*args, **kwargs)
+        self._compile = (args, kwargs)
 
     def _run_on_batch(self, batch: Batch) -> Batch:
         for method in self._hooks["on_batch"]:
@@ -237,10 +302,10 @@ class EfficientEngine:
         engine.step(*args, **kwargs)
         if boundary:
             applied = engine.was_step_applied()
-            if applied and self.ema is not None:
-                self.ema.update()
             for method in self._hooks["on_step_end"]:
                 method.on_step_end(ctx, applied)
+            if applied and self.ema is not None:  # after the methods: they may correct the step (masks, skipped blocks)
+                self.ema.update()
             ctx.step += 1
             self._begun = False
 
@@ -272,8 +337,48 @@ class EfficientEngine:
     # -- state -------------------------------------------------------------------------------------------------
 
     def efftrain_state(self) -> dict[str, Any]:
-        """Step and methods' state: tensors and plain types."""
-        return {"step": self.context.step, "methods": {m.name: m.state_dict() for m in self.methods}}
+        """Step, architecture and methods' state: tensors and plain types."""
+        return {
+            "step": self.context.step,
+            "methods": {m.name: m.state_dict() for m in self.methods},
+            "architecture": self._architecture(),
+        }
+
+    def _architecture(self) -> dict[str, Any] | None:
+        """What a resume must build before it can load: the methods' changes, groups, history."""
+        if self.rebuilder is None:
+            return None
+        return {
+            "methods": {m.name: m.architecture() for m in self.methods},
+            "groups": self.rebuilder.groups.to_plain(),
+            "digest": digest(self.rebuilder.blueprint),
+            "history": list(self.rebuilds),
+        }
+
+    def _adopt_architecture(self, saved: dict[str, Any] | None, path: Path) -> None:
+        """Bring the module into the architecture of a checkpoint. Collective.
+
+        Raises:
+            CheckpointError: it belongs to another model.
+        """
+        if saved is None or self.rebuilder is None:
+            return
+        if saved["digest"] != digest(self.rebuilder.blueprint) or saved["groups"] != self.rebuilder.groups.to_plain():
+            if self._original is None:
+                raise CheckpointError(f"{path}: the checkpoint has another architecture and no blueprint is kept")
+            blueprint = copy_blueprint(self._original)
+            for method in self.methods:
+                blueprint = method.shape_model(blueprint, saved["methods"][method.name])
+            if digest(blueprint) != saved["digest"]:
+                raise CheckpointError(
+                    f"{path}: the checkpoint belongs to another model (architecture {saved['digest']}, "
+                    f"this one becomes {digest(blueprint)})"
+                )
+            groups = self.rebuilder.groups.with_members(saved["groups"])
+            self.rebuilder.recreate(self, blueprint, groups)
+            if self._compile is not None:
+                self.deepspeed_engine.compile(*self._compile[0], **self._compile[1])
+        self.rebuilds[:] = saved["history"]
 
     def load_efftrain_state(self, state: dict[str, Any]) -> None:
         """Restore what `efftrain_state` returned; the next step enters its stage anew."""
@@ -344,6 +449,10 @@ class EfficientEngine:
         if path is None:
             return None, None
         full = load_optimizer_states and not load_module_only
+        state = store.read_extra(path).get("efftrain") if self.rebuilder is not None else None
+        if state is not None:
+            self._check_state({"efftrain": state})
+            self._adopt_architecture(state.get("architecture"), path)
         loaded = store.load(
             self.deepspeed_engine,
             path,
@@ -354,6 +463,9 @@ class EfficientEngine:
         )
         if full:
             self.load_efftrain_state(loaded.extra["efftrain"])
+            if self.rebuilder is not None:
+                for method in self.methods:
+                    method.on_rebuilt(self.context)
         return str(path), loaded.extra["client"]
 
 
@@ -394,6 +506,7 @@ def initialize(
     methods: Sequence[Method] | None = None,
     owns_batch: bool = False,
     record: Callable[..., None] | None = None,
+    rebuildable: bool = False,
 ) -> tuple[EfficientEngine, Any, Any, Any]:
     """``deepspeed.initialize`` with the ``"efftrain"`` section of the configuration carried out.
 
@@ -405,6 +518,7 @@ def initialize(
         methods: instances made beforehand, in run order.
         owns_batch: let stages set DeepSpeed's micro-batch and accumulation.
         record: journal function.
+        rebuildable: keep what `EfficientEngine.rebuild` needs, also where no method changes parameters.
 
     Raises:
         ConfigError: the configuration is wrong. Nothing was started.
@@ -418,24 +532,82 @@ def initialize(
     chosen = list(methods) if methods is not None else build_methods(loaded)
     if schedule is None and chosen:
         schedule = embedded_schedule(loaded, chosen, model, world=_world_size())
+    changes = rebuildable or any(m.changes_parameters for m in chosen)
+    if changes:
+        _check_rebuildable(optimizer, lr_scheduler, mpu)
+        original = make_blueprint(model)
+        groups = GroupPlan.of(model, model_parameters)
     for method in chosen:
         model = method.prepare_model(model)
+    common = {
+        "args": args,
+        "optimizer": optimizer,
+        "lr_scheduler": lr_scheduler,
+        "distributed_port": distributed_port,
+        "mpu": mpu,
+        "dist_init_required": dist_init_required,
+        "collate_fn": collate_fn,
+        "mesh_param": mesh_param,
+    }
+    rebuilder = None
+    if changes:
+        groups = groups.first(model)
+        model_parameters = groups.for_optimizer(model)
+
+        def create(module: nn.Module, parameters: list[dict[str, Any]]) -> Any:
+            return deepspeed.initialize(
+                model=module, model_parameters=parameters, config=copy.deepcopy(loaded.deepspeed), **common
+            )[0]
+
+        seed, keep_old = loaded.efftrain.run.seed, loaded.efftrain.run.keep_old_state
+        rebuilder = Rebuilder(make_blueprint(model), groups, create, seed=seed, keep_old=keep_old)
     engine, ds_optimizer, loader, scheduler = deepspeed.initialize(
-        args=args,
         model=model,
-        optimizer=optimizer,
         model_parameters=model_parameters,
         training_data=training_data,
-        lr_scheduler=lr_scheduler,
-        distributed_port=distributed_port,
-        mpu=mpu,
-        dist_init_required=dist_init_required,
-        collate_fn=collate_fn,
-        config=loaded.deepspeed,
-        mesh_param=mesh_param,
+        config=copy.deepcopy(loaded.deepspeed) if changes else loaded.deepspeed,
+        **common,
     )
-    proxy = _attach(engine, loaded, chosen, schedule, owns_batch, record)
+    proxy = _attach(engine, loaded, chosen, schedule, owns_batch, record, rebuilder, original if changes else None)
+    if changes:  # these objects are replaced with the engine
+        ds_optimizer = Current(proxy, "optimizer")
+        scheduler = Current(proxy, "lr_scheduler") if scheduler is not None else None
     return proxy, ds_optimizer, loader, scheduler
+
+
+class Current:
+    """The optimizer or scheduler of the current DeepSpeedEngine; attributes are read from, and written to, it."""
+
+    def __init__(self, proxy: EfficientEngine, name: str):
+        self.__dict__.update(_proxy=proxy, _name=name)
+
+    def _now(self) -> Any:
+        return getattr(self.__dict__["_proxy"].deepspeed_engine, self.__dict__["_name"])
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return getattr(self._now(), name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self._now(), name, value)
+
+
+def _check_rebuildable(optimizer: Any, lr_scheduler: Any, mpu: Any) -> None:
+    """Refuse objects that are bound to the first engine, where engines will be replaced.
+
+    Raises:
+        ConfigError: with what to pass instead.
+    """
+    for name, value in (("optimizer", optimizer), ("lr_scheduler", lr_scheduler)):
+        if value is not None and (isinstance(value, torch.optim.Optimizer) or not callable(value)):
+            raise ConfigError(
+                f"initialize: {name} is an object, but parameters change during this run and it must be made anew; "
+                f"pass a function that makes it, or the {'optimizer' if name == 'optimizer' else 'scheduler'} section "
+                "of the configuration"
+            )
+    if mpu is not None:
+        raise ConfigError("initialize: mpu (tensor or pipeline parallelism) is not supported where parameters change")
 
 
 def wrap(engine: Any, config: Any = None) -> EfficientEngine:
@@ -470,6 +642,8 @@ def _attach(
     schedule: Schedule | None,
     owns_batch: bool,
     record: Callable[..., None] | None,
+    rebuilder: Rebuilder | None = None,
+    original: nn.Module | None = None,
 ) -> EfficientEngine:
     average = loaded.efftrain.model.ema
     ema = None
@@ -485,4 +659,6 @@ def _attach(
         ema=ema,
         owns_batch=owns_batch,
         record=record,
+        rebuilder=rebuilder,
+        original=original,
     )

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import copy
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -11,13 +12,11 @@ from typing import Any
 from torch import nn
 
 from .config.deepspeed_keys import batch_sizes
-from .config.loader import LoadedConfig
-from .core.compose import compose
+from .config.loader import LoadedConfig, build_methods
 from .core.errors import ModelError, PlanError
 from .core.method import Method
-from .core.registry import get_method
 from .core.text import short_settings
-from .core.timeline import PlanSpec, Schedule, merge_timelines
+from .core.timeline import PlanSpec, Schedule, Stage, Timeline, merge_timelines
 from .cost.macs import VitShape, module_macs, parameter_count, vit_shape
 from .cost.memory import PRECISION_BYTES, module_activation_values, vit_activation_bytes
 from .cost.plan import PricedPlan, bandwidth_of, price
@@ -81,14 +80,19 @@ def zero_stage_of(deepspeed: Mapping[str, Any]) -> int:
 
 
 class _ModelCost:
-    """MACs, parameters and stride of the configured model; built on the meta device only where no closed form holds."""
+    """MACs, parameters and stride of the configured model at any depth, each number computed once.
+
+    Built on the meta device only where no closed form holds. `depth` counts blocks, None is the full model; a depth
+    that the model has not raises PlanError or ModelError.
+    """
 
     def __init__(self, config: LoadedConfig, num_classes: int | None):
         self.config, self.num_classes = config, num_classes
         model, data = config.efftrain.model, config.efftrain.data
         self.shape: VitShape | None = vit_shape(model.name, {"img_size": data.resolution, **model.kwargs})
         self.channels = int(model.kwargs.get("in_chans", 3))
-        self._module: nn.Module | None = None
+        self._modules: dict[int | None, nn.Module] = {}
+        self._found: dict[Hashable, int] = {}
 
     @property
     def stride(self) -> int:
@@ -110,78 +114,113 @@ class _ModelCost:
             )
         return self.num_classes
 
-    @property
-    def module(self) -> nn.Module:
+    def module(self, depth: int | None = None) -> nn.Module:
         """The model on the meta device, able to change its input size as in training."""
-        if self._module is None:
-            from .cost.macs import build_meta
-            from .models.adapters import create_model
+        if depth not in self._modules:
+            self._modules[depth] = self._build() if depth is None else self._truncated(depth)
+        return self._modules[depth]
 
-            model, side = self.config.efftrain.model, self.config.efftrain.data.resolution
-            self._module = build_meta(
+    def _build(self) -> nn.Module:
+        from .cost.macs import build_meta
+        from .models.adapters import create_model
+
+        model, side = self.config.efftrain.model, self.config.efftrain.data.resolution
+        return build_meta(
+            model.name,
+            num_classes=self.classes,
+            kwargs=model.kwargs,
+            build=lambda: create_model(
                 model.name,
+                resolution=side,
                 num_classes=self.classes,
-                kwargs=model.kwargs,
-                build=lambda: create_model(
-                    model.name,
-                    resolution=side,
-                    num_classes=self.classes,
-                    drop_path=model.drop_path,
-                    dynamic=True,
-                    pretrained=False,
-                    **model.kwargs,
-                ),
+                drop_path=model.drop_path,
+                dynamic=True,
+                pretrained=False,
+                **model.kwargs,
+            ),
+        )
+
+    def _truncated(self, depth: int) -> nn.Module:
+        from .models.stacks import prepare_growth, truncate
+
+        return truncate(prepare_growth(copy.deepcopy(self.module())), depth)
+
+    def _shape(self, depth: int | None) -> VitShape | None:
+        if self.shape is None or depth is None:
+            return self.shape
+        if not 1 <= depth <= self.shape.depth:
+            raise PlanError(
+                f"a stage asks for {depth} blocks, {self.config.efftrain.model.name} has {self.shape.depth} "
+                f"(allowed: 1 to {self.shape.depth})"
             )
-        return self._module
+        return replace(self.shape, depth=depth)
 
-    def params(self) -> int:
+    def params(self, depth: int | None = None) -> int:
         """Number of parameters."""
-        return parameter_count(self.module) if self.shape is None else self.shape.params(self.classes)
+        shape = self._shape(depth)
+        if shape is not None:
+            return shape.params(self.classes)
+        return self._once(("params", depth), lambda: parameter_count(self.module(depth)))
 
-    def macs(self, resolution: int) -> int:
+    def macs(self, resolution: int, depth: int | None = None) -> int:
         """Forward MACs of one image.
 
         Raises:
             ModelError: the model takes no images of this side.
         """
-        if self.shape is not None:
-            return self.shape.macs(resolution, self.classes)
+        shape = self._shape(depth)
+        if shape is not None:
+            return shape.macs(resolution, self.classes)
+        return self._once(("macs", depth, resolution), lambda: self._count_macs(resolution, depth))
+
+    def _count_macs(self, resolution: int, depth: int | None) -> int:
+        module = self.module(depth)
         try:
-            return module_macs(self.module, resolution, channels=self.channels)
+            return module_macs(module, resolution, channels=self.channels)
         except ModelError as error:
             from .models.adapters import accepts_sizes
 
-            accepted, reason = accepts_sizes(self.module)
+            accepted, reason = accepts_sizes(module)
             raise ModelError(f"efftrain.model.name: {error if accepted else reason}") from error
 
-    def activations(self, resolution: int, micro_batch: int, precision: str) -> int:
+    def activations(self, resolution: int, micro_batch: int, precision: str, depth: int | None = None) -> int:
         """Estimated activation bytes of one micro-batch."""
-        if self.shape is not None:
-            return vit_activation_bytes(self.shape, resolution, micro_batch=micro_batch, precision=precision)
-        values = module_activation_values(self.module, resolution, channels=self.channels)
+        shape = self._shape(depth)
+        if shape is not None:
+            return vit_activation_bytes(shape, resolution, micro_batch=micro_batch, precision=precision)
+        values = self._once(
+            ("activations", depth, resolution),
+            lambda: module_activation_values(self.module(depth), resolution, channels=self.channels),
+        )
         return values * micro_batch * PRECISION_BYTES[precision]
 
+    def _once(self, key: Hashable, compute: Callable[[], int]) -> int:
+        if key not in self._found:
+            self._found[key] = compute()
+        return self._found[key]
 
-def make_schedule(
+
+def plan_spec(
     config: LoadedConfig,
     *,
     world: int,
     samples: int,
     num_classes: int | None = None,
     stride: int | None = None,
-) -> tuple[Schedule, list[Method]]:
-    """Construct the methods in run order and merge their timelines.
+) -> PlanSpec:
+    """What the methods may know of the run when they plan.
 
     Args:
         config: the loaded file.
         world: number of data-parallel ranks.
         samples: training samples of one epoch; 0 where the user fixed the steps and the number is not known.
         num_classes: size of the head, for models that must be built to learn their stride.
-        stride: total stride of the user's own model, where ``efftrain.model.name`` is not given.
+        stride: total stride of the model in pixels; None asks the model.
 
     Raises:
-        PlanError: the methods, the model and the budget do not fit together; the text names the key.
-        ConfigError: the batch sizes do not multiply, or two methods exclude each other.
+        PlanError: no budget is given.
+        ConfigError: the batch sizes do not multiply.
+        ModelError: the model is unknown.
     """
     section = config.efftrain
     if section.run.epochs is None and section.run.steps is None:
@@ -189,7 +228,7 @@ def make_schedule(
     sizes = batch_sizes(config.deepspeed, world)
     if stride is None:
         stride = _ModelCost(config, num_classes).stride if section.model.name else 1
-    spec = PlanSpec(
+    return PlanSpec(
         seed=section.run.seed,
         epochs=section.run.epochs or 0.0,
         samples=samples,
@@ -201,12 +240,15 @@ def make_schedule(
         steps=section.run.steps,
         model=section.model.name,
     )
-    methods = compose([get_method(name)(value) for name, value in config.methods.items()])
-    return merge_timelines([m.plan(spec) for m in methods], spec), methods
 
 
 def make_plan(
-    config: LoadedConfig, *, world: int, samples: int | None = None, throughput: Throughput | None = None
+    config: LoadedConfig,
+    *,
+    world: int,
+    samples: int | None = None,
+    throughput: Throughput | None = None,
+    methods: Sequence[Method] | None = None,
 ) -> PricedPlan:
     """The priced plan of a configuration.
 
@@ -215,42 +257,80 @@ def make_plan(
         world: number of data-parallel ranks.
         samples: training samples of one epoch; None looks them up, see `data_facts`.
         throughput: measured profile for predicted seconds.
+        methods: instances made beforehand, in run order, e.g. to price again after one of them has chosen a stage;
+            None makes them.
 
     Raises:
         PlanError: what cannot run, with the key.
-        ConfigError: the batch sizes do not multiply.
+        ConfigError: the batch sizes do not multiply, or methods do not fit together.
         ModelError: the model is unknown or its arguments do not fit.
         ShardError: a manifest is there but damaged.
     """
     section = config.efftrain
     if not section.model.name:
         raise PlanError("efftrain.model.name: not given; a plan can only be priced for a timm model")
+    if methods is None:
+        methods = build_methods(config)
     facts = data_facts(config, samples)
-    schedule, methods = make_schedule(config, world=world, samples=facts.samples, num_classes=facts.num_classes)
-    model, precision = _ModelCost(config, facts.num_classes), precision_of(config.deepspeed)
-    full = section.data.resolution
-    sides = [bandwidth_of(stage.settings, full) for stage in schedule.stages]
-    macs = {side: model.macs(side) for side in {*sides, full}}
-    activations = {
-        key: model.activations(*key, precision)
-        for key in {(side, s.micro_batch) for side, s in zip(sides, schedule.stages, strict=True)}
-    }
+    model = _ModelCost(config, facts.num_classes)
+    spec = plan_spec(config, world=world, samples=facts.samples, num_classes=facts.num_classes)
+    plan = _price(config, merge_timelines([m.plan(spec) for m in methods], spec), model, methods, throughput)
+    others = [_price(config, s, model, methods, None).relative for s in _alternatives(methods, spec)]
+    return replace(plan, range=(min(others), max(others))) if others else plan
+
+
+def _alternatives(methods: Sequence[Method], spec: PlanSpec) -> list[Schedule]:
+    """What may run instead: each alternative of one method together with the plans of the others.
+
+    Raises:
+        PlanError: more than one method leaves its stages open.
+    """
+    found: dict[str, dict[str, Timeline]] = {m.name: other for m in methods if (other := m.alternatives(spec))}
+    if len(found) > 1:
+        names = ", ".join(found)
+        raise PlanError(f"efftrain.methods: only one method may choose its stages at run time, found {names}")
+    return [
+        merge_timelines([timeline if m.name == name else m.plan(spec) for m in methods], spec)
+        for name, timelines in found.items()
+        for timeline in timelines.values()
+    ]
+
+
+def _price(
+    config: LoadedConfig,
+    schedule: Schedule,
+    model: _ModelCost,
+    methods: Sequence[Method],
+    throughput: Throughput | None,
+) -> PricedPlan:
+    precision, full = precision_of(config.deepspeed), config.efftrain.data.resolution
+    kinds = [(bandwidth_of(s.settings, full), _depth_of(s)) for s in schedule.stages]
     zero = config.deepspeed.get("zero_optimization") or {}
     offload = (zero.get("offload_optimizer") or {}).get("device", "none") != "none"
     return price(
         schedule,
-        macs=[macs[side] for side in sides],
-        full_macs=macs[full],
-        activations=[activations[side, stage.micro_batch] for side, stage in zip(sides, schedule.stages, strict=True)],
-        model=section.model.name,
+        macs=[model.macs(side, depth) for side, depth in kinds],
+        full_macs=model.macs(full),
+        activations=[
+            model.activations(side, stage.micro_batch, precision, depth)
+            for (side, depth), stage in zip(kinds, schedule.stages, strict=True)
+        ],
+        model=config.efftrain.model.name,
         params=model.params(),
+        stage_params=[model.params(depth) for _, depth in kinds],
         precision=precision,
         zero_stage=zero_stage_of(config.deepspeed),
-        ema=section.model.ema is not None,
+        ema=config.efftrain.model.ema is not None,
         offload_optimizer=offload,
         methods=[(m.name, _line(m, schedule)) for m in methods],
         throughput=throughput,
     )
+
+
+def _depth_of(stage: Stage) -> int | None:
+    """Blocks of the model in this stage; None = all."""
+    depth = stage.settings.get("depth")
+    return None if depth is None else int(depth)
 
 
 def _line(method: Method, schedule: Schedule) -> str:
@@ -298,16 +378,16 @@ def measured_throughput(plan: PricedPlan, meter: StepMeter) -> Throughput:
     import torch
 
     spec = plan.schedule.spec
-    best: dict[tuple[int, int, int], Measured] = {}
+    best: dict[Hashable, Measured] = {}
     for s in plan.stages:
         median = meter.stage_median(s.stage.index)
         if median is None:
             continue
         seconds, n = median
         side = bandwidth_of(s.stage.settings, spec.resolution)
-        key = (side, s.stage.micro_batch, s.stage.accumulation)
-        if key not in best or n > best[key].n:
-            best[key] = Measured(*key, macs=s.macs, seconds=seconds, n=n)
+        entry = Measured(side, s.stage.micro_batch, s.stage.accumulation, macs=s.macs, seconds=seconds, n=n)
+        if entry.setting not in best or n > best[entry.setting].n:
+            best[entry.setting] = entry
     return Throughput(
         machine=machine_name(),
         torch=torch.__version__,

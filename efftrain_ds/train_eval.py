@@ -47,7 +47,7 @@ def evaluate(
             counts[2] += (top.any(dim=1) & valid).sum()
             each = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
             loss += (each * valid).sum().double().cpu()
-    total = loss.to(engine.device, torch.float32 if engine.device.type == "mps" else torch.float64)
+    total = loss.to(engine.device)
     if dist.is_initialized() and dist.get_world_size() > 1:
         dist.all_reduce(counts)
         dist.all_reduce(total)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import os
 import resource
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,8 @@ import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
-from .config.loader import LoadedConfig
+from .config.loader import LoadedConfig, build_methods
+from .core.batch import Batch
 from .core.durations import parse_duration
 from .core.ranks import local_world
 from .core.rng import derive_seed
@@ -31,7 +34,7 @@ from .data.manifest import Manifest, load_manifest
 from .engine import EfficientEngine, initialize
 from .lr_schedule import ProgressLR
 from .models.adapters import create_model, no_weight_decay_groups
-from .planning import make_plan, make_schedule, precision_of, zero_stage_of
+from .planning import make_plan, precision_of, zero_stage_of
 
 logger = logging.getLogger(__name__)
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -39,7 +42,10 @@ _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 @dataclass
 class Run:
-    """The parts of a run."""
+    """The parts of a run.
+
+    `probe_batches` makes the fixed training samples that methods measure candidates on, see `Context.probe_batches`.
+    """
 
     config: LoadedConfig
     output: Path
@@ -57,6 +63,7 @@ class Run:
     val_loader: EvalLoader | None
     num_classes: int
     precision: str
+    probe_batches: Callable[[int], list[Batch]]
 
 
 def start_processes(config: LoadedConfig) -> tuple[int, int, torch.device]:
@@ -95,17 +102,26 @@ def shortened(plan: PricedPlan, steps: int) -> PricedPlan:
     """`steps` steps of every different kind of stage, for measuring how long a step takes.
 
     A round of half as many goes before it: caches fill and code warms up there, and of two stretches of the same kind
-    the longer one is taken for the profile.
+    the longer one is taken for the profile. A model that grows cannot go back for a second round, so there each kind
+    is warmed up just before it is measured, the shallowest first. Nothing is searched while measuring: the "search"
+    setting is left out.
     """
     kinds: dict[tuple, PricedStage] = {}
     for priced in plan.stages:
         kinds.setdefault(priced.work_key, priced)
-    parts = [(priced, max(1, steps // 2)) for priced in kinds.values()] + [(priced, steps) for priced in kinds.values()]
+    depths = [priced.stage.settings.get("depth") for priced in kinds.values()]
+    warm = max(1, steps // 2)
+    if len(set(depths)) > 1:
+        ordered = sorted(kinds.values(), key=lambda p: p.stage.settings.get("depth") or math.inf)
+        parts = [part for priced in ordered for part in ((priced, warm), (priced, steps))]
+    else:
+        parts = [(priced, count) for count in (warm, steps) for priced in kinds.values()]
     stages: list[PricedStage] = []
     for index, (priced, count) in enumerate(parts):
         first = stages[-1].stage.end_step if stages else 0
         edges = {"p_start": index / len(parts), "p_end": (index + 1) / len(parts)}
-        stage = replace(priced.stage, index=index, start_step=first, end_step=first + count, **edges)
+        settings = {key: value for key, value in priced.stage.settings.items() if key != "search"}
+        stage = replace(priced.stage, index=index, start_step=first, end_step=first + count, settings=settings, **edges)
         stages.append(replace(priced, stage=stage))
     schedule = Schedule(tuple(s.stage for s in stages), plan.schedule.spec, plan.schedule.pacing)
     return replace(plan, schedule=schedule, stages=tuple(stages))
@@ -132,16 +148,17 @@ def build(config: LoadedConfig, output: Path, record: Any, *, measure_steps: int
     train_manifest = load_manifest(bundled.resolve(section.data.train))
     val_manifest = load_manifest(bundled.resolve(section.data.val)) if section.data.val is not None else None
     num_classes = section.model.num_classes or len(train_manifest.classes)
+    methods = build_methods(config)
     plan = make_plan(
         config,
         world=world,
         samples=train_manifest.samples,
         throughput=_profile(output / "throughput.json", config, world),
+        methods=methods,
     )
-    schedule, methods = make_schedule(config, world=world, samples=train_manifest.samples, num_classes=num_classes)
     if measure_steps is not None:
         plan = shortened(plan, measure_steps)
-        schedule = plan.schedule
+    schedule = plan.schedule
     torch.manual_seed(derive_seed(section.run.seed, "model"))
     model = create_model(
         section.model.name,
@@ -188,6 +205,7 @@ def build(config: LoadedConfig, output: Path, record: Any, *, measure_steps: int
         val_loader,
         num_classes,
         precision,
+        probe_source(config, train_manifest, rank, world, schedule.spec.micro_batch, num_classes),
     )
 
 
@@ -271,6 +289,40 @@ def _data(
             num_classes=num_classes,
         )
     return augment, loader, val_loader
+
+
+def probe_source(
+    config: LoadedConfig, manifest: Manifest, rank: int, world: int, batch: int, num_classes: int
+) -> Callable[[int], list[Batch]]:
+    """A function from a number of samples (all ranks together) to this rank's batches of fixed training samples.
+
+    The samples are evenly spaced over the data set and resized and cropped as in an evaluation. They are read once for
+    each number, in this process, and kept on the host as uint8; every call returns batches of its own, which
+    `Batch.to` and `DeviceAugment.evaluate` may change. Every rank gets the same number of batches of `batch` rows.
+    Unreadable samples and rows beyond the end have ``valid=False``.
+    """
+    data = config.efftrain.data
+    kept: dict[int, list[Batch]] = {}
+
+    def probe(total: int) -> list[Batch]:
+        if total not in kept:
+            loader = EvalLoader(
+                manifest,
+                rank=rank,
+                world=world,
+                batch=batch,
+                resolution=data.resolution,
+                crop=data.eval_crop,
+                interpolation=data.interpolation,
+                num_classes=num_classes,
+                limit=total,
+                strict=False,
+            )
+            kept[total] = list(loader)
+            loader.close()
+        return [replace(batch) for batch in kept[total]]
+
+    return probe
 
 
 def memory_bytes(device: torch.device) -> int:

@@ -62,6 +62,23 @@ class LoadedConfig:
         return {**copy.deepcopy(self.deepspeed), SECTION: section}
 
 
+def build_methods(config: LoadedConfig) -> list[Method]:
+    """Instances of the configured methods, in run order.
+
+    Raises:
+        ConfigError: methods that cannot run together, or one that needs the average of the weights where none is kept.
+    """
+    methods = compose([get_method(name)(settings) for name, settings in config.methods.items()])
+    if config.efftrain.model.ema is None:
+        missing = [f"{SECTION}.methods.{method.name}" for method in methods if method.needs_average]
+        if missing:
+            raise ConfigError(
+                f"{SECTION}.model.ema: null, but {', '.join(missing)} needs the average of the weights; "
+                f'set {SECTION}.model.ema, e.g. {{"decay": 0.998}}'
+            )
+    return methods
+
+
 def load_config(
     source: str | Path | Mapping[str, Any], *, overrides: Sequence[str] = (), world: int | None = None
 ) -> LoadedConfig:

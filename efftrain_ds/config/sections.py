@@ -37,6 +37,9 @@ class RunConfig(StrictModel):
     """Budget in optimizer steps, where your own loop fixes it (embedded use)."""
     output: str = "runs/default"
     """Folder for checkpoints, TensorBoard, journal and the resolved configuration."""
+    keep_old_state: bool = True
+    """Where parameters change in mid-run: keep the old optimizer state until the new one stands, so that a failure is
+    rolled back. false frees it piece by piece (less memory, no way back but the last checkpoint)."""
 
     @model_validator(mode="after")
     def _one_budget(self) -> RunConfig:

@@ -8,10 +8,15 @@ from typing import Any
 
 import torch
 
+from .batch import Batch
 from .timeline import Schedule, Stage
 
 
 def _no_record(event: str, **data: Any) -> None:
+    return None
+
+
+def _say_nothing(lines: str | list[str]) -> None:
     return None
 
 
@@ -29,6 +34,11 @@ class Context:
         world: number of data-parallel ranks.
         device: device of the model.
         record: writes one decision to the journal (no-op without one).
+        say: shows lines on the screen of rank 0 (no-op on other ranks and without a trainer).
+        probe_batches: fixed training samples of this rank for measuring candidates, as
+            ``probe_batches(total over all ranks)``; None without a trainer. Host batches of uint8 images with the
+            evaluation's resize and crop, in micro-batches, equal at every call and equally many on every rank;
+            rows beyond the end have ``valid=False``.
     """
 
     engine: Any
@@ -40,6 +50,8 @@ class Context:
     world: int = 1
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     record: Callable[..., None] = _no_record
+    say: Callable[[str | list[str]], None] = _say_nothing
+    probe_batches: Callable[[int], list[Batch]] | None = None
 
     @property
     def settings(self) -> Mapping[str, Any]:

@@ -55,11 +55,46 @@ class Method:
 
         return Timeline((Segment(0.0, 1.0),))
 
+    def alternatives(self, spec: PlanSpec) -> dict[str, Timeline]:
+        """Other timelines that may run instead of `plan`'s, by name; empty where the plan is certain.
+
+        A method that chooses its stages during the run returns the bounds of what it can choose, e.g.
+        ``{"cheapest": ..., "dearest": ...}``; the plan's price is then shown with that range. Pure, like `plan`.
+
+        Raises:
+            PlanError: the method cannot run under `spec`.
+        """
+        return {}
+
+    @property
+    def needs_average(self) -> bool:
+        """True where the method reads the average of the weights, so that ``efftrain.model.ema`` must be set."""
+        return False
+
     def prepare_model(self, model: nn.Module) -> nn.Module:
         """Change or check the module before ``deepspeed.initialize``; returns the module to train.
 
         Raises:
             ModelError: the method cannot take this model.
+        """
+        return model
+
+    def architecture(self) -> dict[str, Any]:
+        """Plain values that say how this method has changed the module so far (e.g. ``{"depth": 8}``).
+
+        Kept in checkpoints; `shape_model` takes them on a resume.
+        """
+        return {}
+
+    def shape_model(self, model: nn.Module, architecture: dict[str, Any]) -> nn.Module:
+        """Rebuild the module into an architecture, before a checkpoint of that architecture is loaded.
+
+        Args:
+            model: the module as it was before `prepare_model`; may be changed in place.
+            architecture: what `architecture` returned when the checkpoint was made.
+
+        Raises:
+            ModelError: the model cannot take this architecture.
         """
         return model
 
@@ -69,6 +104,9 @@ class Method:
         The only place where parameter shapes may change, by returning a rebuild request.
         """
         return None
+
+    def on_rebuilt(self, ctx: Context) -> None:
+        """Called after a rebuild, when the module, the optimizer and the average are the new ones."""
 
     def on_step_start(self, ctx: Context) -> None:
         """Called before the first micro-batch of an optimizer step."""

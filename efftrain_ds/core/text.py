@@ -6,16 +6,25 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 _SHORT = {"bandwidth": "B", "ra_magnitude": "m", "resolution": "R", "depth": "d"}
+_HIDDEN = frozenset({"drop_path", "erasing"})  # follow from the stage and would only fill the line
 
 
 def short_settings(settings: Mapping[str, Any], *, leave: Collection[str] = ()) -> str:
-    """Settings of a stage, e.g. ``"B128 m3"``, without those named in `leave`; "full" where there are none."""
-    words = [
-        f"{_SHORT[key]}{number_text(value)}" if key in _SHORT else f"{key}={number_text(value)}"
-        for key, value in settings.items()
-        if key not in leave
-    ]
-    return " ".join(words) or "full"
+    """Settings of a stage, e.g. ``"R160 d8 m3"``, without those named in `leave`; "full" where there are none.
+
+    Regularisation rates are left out; a switch is shown by its name while it is on, a phase by its value.
+    """
+    words = (_word(key, value) for key, value in settings.items() if key not in leave and key not in _HIDDEN)
+    return " ".join(word for word in words if word) or "full"
+
+
+def _word(key: str, value: Any) -> str:
+    """One setting; "" where there is nothing to show."""
+    if value is None or isinstance(value, bool):
+        return key if value else ""
+    if key == "phase":
+        return str(value)
+    return f"{_SHORT[key]}{number_text(value)}" if key in _SHORT else f"{key}={number_text(value)}"
 
 
 def number_text(value: Any) -> str:

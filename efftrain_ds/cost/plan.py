@@ -50,19 +50,21 @@ class PricedStage:
 class PricedPlan:
     """A schedule with its price.
 
-    The dense baseline trains `schedule.spec.epochs` epochs (or as many steps, where the user fixed them) of the same
-    batch at full resolution.
+    The dense baseline trains the full model for `schedule.spec.epochs` epochs (or as many steps, where the user fixed
+    them) of the same batch at full resolution.
 
     Attributes:
         schedule: stages in order.
         stages: the same stages, priced.
         model: name of the model.
-        params: number of parameters.
+        params: number of parameters of the full model.
         precision: "fp32", "bf16" or "fp16".
         zero_stage: 0 to 3.
-        full_macs: forward MACs of one image at full resolution.
+        full_macs: forward MACs of one image through the full model at full resolution.
         methods: (name, one line) of each method in run order.
         source: where the predicted seconds come from, or None.
+        range: (cheapest, dearest) cost divided by the baseline's, where a method chooses its stages during the run
+            and `stages` are only its default; else None.
     """
 
     schedule: Schedule
@@ -74,6 +76,7 @@ class PricedPlan:
     full_macs: int
     methods: tuple[tuple[str, str], ...] = ()
     source: str | None = None
+    range: tuple[float, float] | None = None
 
     @property
     def total_cost(self) -> int:
@@ -160,6 +163,7 @@ class PricedPlan:
             "total_cost_macs": self.total_cost,
             "baseline_cost_macs": self.baseline_cost,
             "relative_cost": self.relative,
+            "range": None if self.range is None else list(self.range),
             "baseline_epochs": self.baseline_epochs,
             "peak_memory_bytes": self.peak_memory,
             "seconds": self.seconds,
@@ -189,8 +193,9 @@ def _stage_dict(priced: PricedStage) -> dict[str, Any]:
 
 
 def bandwidth_of(settings: Mapping[str, Any], resolution: int) -> int:
-    """Side in pixels of what the network sees under `settings`."""
-    return int(settings.get("bandwidth", settings.get("resolution", resolution)))
+    """Side in pixels of what the network sees under `settings`: the smaller of "bandwidth" and "resolution"."""
+    sides = [settings[key] for key in ("bandwidth", "resolution") if settings.get(key) is not None]
+    return int(min(sides, default=resolution))
 
 
 def price(
@@ -201,6 +206,7 @@ def price(
     activations: Sequence[int],
     model: str,
     params: int,
+    stage_params: Sequence[int] | None = None,
     precision: str,
     zero_stage: int,
     ema: bool = False,
@@ -213,10 +219,11 @@ def price(
     Args:
         schedule: the stages.
         macs: forward MACs of one image, for each stage.
-        full_macs: the same at full resolution.
+        full_macs: the same for the full model at full resolution.
         activations: bytes of the activations of one micro-batch, for each stage.
         model: its name.
-        params: number of parameters.
+        params: number of parameters of the full model.
+        stage_params: the same for each stage, where the model grows; None = `params` in all of them.
         precision: "fp32", "bf16" or "fp16".
         zero_stage: 0 to 3.
         ema: an average of the weights is kept.
@@ -227,7 +234,8 @@ def price(
     Raises:
         PlanError: the profile was measured for another model, precision or ZeRO stage.
     """
-    assert len(macs) == len(activations) == len(schedule.stages)
+    counts = [params] * len(schedule.stages) if stage_params is None else list(stage_params)
+    assert len(macs) == len(activations) == len(counts) == len(schedule.stages)
     spec, source = schedule.spec, None
     if throughput is not None:
         key = profile_key(model, precision, zero_stage)
@@ -238,7 +246,7 @@ def price(
             source += f" (this plan has {spec.world})"
     costs = [TRAINING_FACTOR * m * s.batch * s.steps for m, s in zip(macs, schedule.stages, strict=True)]
     stages = []
-    for stage, m, cost, bytes_ in zip(schedule.stages, macs, costs, activations, strict=True):
+    for stage, m, cost, bytes_, count in zip(schedule.stages, macs, costs, activations, counts, strict=True):
         prediction = None
         if throughput is not None:
             prediction = throughput.predict(
@@ -248,7 +256,7 @@ def price(
                 macs=m,
             )
         memory = state_memory(
-            params,
+            count,
             precision=precision,
             zero_stage=zero_stage,
             world=spec.world,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ..core.text import align, bytes_text, duration_text, short_settings
-from .plan import PricedPlan, PricedStage
+from .plan import PricedPlan, PricedStage, bandwidth_of
 
 WIDTH = 120
 _FREE = {"ra_magnitude"}  # settings that do not change the cost
@@ -78,6 +78,12 @@ def total_lines(plan: PricedPlan) -> list[str]:
                 f"           compute-paced plans are usually compared with {LONGER_BASELINE:g}x longer dense training: "
                 f"x{plan.relative / LONGER_BASELINE:.2f} of {longer:g}"
             )
+    if plan.range is not None:
+        low, high = plan.range
+        lines.append(
+            f"           searched at run time: between x{low:.2f} and x{high:.2f} of the baseline; "
+            "the table shows the uniform schedule"
+        )
     lines.append(
         f"memory     at most {bytes_text(plan.peak_memory)} a rank (estimate: {plan.params / 1e6:.1f} M parameters, "
         f"{plan.precision}, ZeRO-{plan.zero_stage}, {spec.world} rank{'s' if spec.world != 1 else ''})"
@@ -129,26 +135,27 @@ def plan_text(plan: PricedPlan) -> str:
 
 
 def plan_png(plan: PricedPlan, path: str | Path) -> None:
-    """Write the timeline as a picture: input side and augmentation strength over the share of cost."""
+    """Write the timeline as a picture: input side, depth and augmentation strength over the share of cost."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     spec = plan.schedule.spec
     figure = Figure(figsize=(9, 3.2), layout="constrained")
     axes = figure.subplots()
-    edges, sides, strengths = [0.0], [], []
+    edges, sides, strengths, labels = [0.0], [], [], []
     for s in plan.stages:
         edges.append(edges[-1] + 100 * s.share)
-        sides.append(s.stage.settings.get("bandwidth", spec.resolution))
+        sides.append(bandwidth_of(s.stage.settings, spec.resolution))
+        labels.append(f"{sides[-1]}" + (f" d{s.stage.settings['depth']}" if "depth" in s.stage.settings else ""))
         strengths.append(s.stage.settings.get("ra_magnitude"))
     axes.stairs(sides, edges, fill=True, alpha=0.35, color="tab:blue")
-    axes.set(xlabel="share of training cost (%)", ylabel="bandwidth (px)", xlim=(0, 100))
+    axes.set(xlabel="share of training cost (%)", ylabel="input side (px)", xlim=(0, 100))
     axes.set_ylim(0, 1.12 * max(spec.resolution, *sides))
     previous = None
-    for left, right, side in zip(edges, edges[1:], sides, strict=False):
-        if side != previous:
-            axes.text(left + 0.6, side, f"{side}", va="bottom", color="tab:blue")
-        previous = side
+    for left, right, side, label in zip(edges, edges[1:], sides, labels, strict=False):
+        if label != previous:
+            axes.text(left + 0.6, side, label, va="bottom", color="tab:blue")
+        previous = label
         axes.axvline(right, color="0.85", lw=0.6, zorder=0)
     if all(v is not None for v in strengths):
         other = axes.twinx()

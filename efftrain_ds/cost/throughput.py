@@ -34,6 +34,8 @@ def machine_name() -> str:
 class Measured:
     """Median time of an optimizer step under one setting.
 
+    Networks of other depths may run under one bandwidth and batch split, so the MACs belong to the identity.
+
     Attributes:
         bandwidth: side in pixels of what the network sees.
         micro_batch: samples of one rank in one forward.
@@ -49,6 +51,11 @@ class Measured:
     macs: int
     seconds: float
     n: int
+
+    @property
+    def setting(self) -> tuple[int, int, int, int]:
+        """What was measured: (bandwidth, micro-batch, accumulation, MACs)."""
+        return self.bandwidth, self.micro_batch, self.accumulation, self.macs
 
     @property
     def work(self) -> float:
@@ -92,8 +99,7 @@ class Throughput:
 
     def with_entry(self, entry: Measured) -> Throughput:
         """A copy with `entry`, in place of an older one of the same setting."""
-        setting = (entry.bandwidth, entry.micro_batch, entry.accumulation)
-        kept = [e for e in self.entries if (e.bandwidth, e.micro_batch, e.accumulation) != setting]
+        kept = [e for e in self.entries if e.setting != entry.setting]
         return replace(self, entries=(*kept, entry))
 
     def predict(self, *, bandwidth: int, micro_batch: int, accumulation: int, macs: int) -> Prediction | None:
@@ -103,7 +109,7 @@ class Throughput:
             None for a profile without entries.
         """
         for e in self.entries:
-            if (e.bandwidth, e.micro_batch, e.accumulation, e.macs) == (bandwidth, micro_batch, accumulation, macs):
+            if e.setting == (bandwidth, micro_batch, accumulation, macs):
                 return Prediction(e.seconds, "measured")
         if not self.entries:
             return None

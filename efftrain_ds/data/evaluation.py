@@ -21,26 +21,40 @@ from .worker import IGNORED_LABEL, empty_images, identity, init_worker, shutdown
 class EvalSamples(Dataset):
     """Map from rows (-1 = no sample) to images and labels; runs in the workers."""
 
-    def __init__(self, reader: ShardReader, *, resolution: int, crop: float, interpolation: str, num_classes: int):
+    def __init__(
+        self,
+        reader: ShardReader,
+        *,
+        resolution: int,
+        crop: float,
+        interpolation: str,
+        num_classes: int,
+        strict: bool = True,
+    ):
         self.reader = reader
         self.resolution = resolution
         self.crop = crop
         self.interpolation = interpolation
         self.num_classes = num_classes
+        self.strict = strict
 
     def __getitem__(self, ids: np.ndarray) -> tuple[Tensor, np.ndarray, np.ndarray]:
+        ids = ids.copy()
         images = empty_images(len(ids), self.resolution)
         present = int((ids >= 0).sum())
         images[present:] = 0
         labels = np.full(len(ids), IGNORED_LABEL, dtype=np.int64)
         for i, row in enumerate(self.reader.rows(ids[:present])):
             shard, offset, size, label = row[:4]
-            where = f"validation sample {ids[i]}, {self.reader.manifest.shard_path(shard)}, offset {offset}"
-            if not 0 <= label < self.num_classes:
-                raise ShardError(f"{where}: label {label} is not in 0..{self.num_classes - 1}")
             try:
+                if not 0 <= label < self.num_classes:
+                    raise ShardError(f"label {label} is not in 0..{self.num_classes - 1}")
                 image = decode_pil(self.reader.payload(shard, offset, size))
             except ShardError as error:
+                if not self.strict:
+                    images[i], ids[i] = 0, -1
+                    continue
+                where = f"validation sample {ids[i]}, {self.reader.manifest.shard_path(shard)}, offset {offset}"
                 raise ShardError(f"{where}: {error}") from error
             pixels = eval_resize(image, self.resolution, self.crop, self.interpolation)
             images[i] = torch.from_numpy(pixels.copy()).permute(2, 0, 1)
@@ -52,7 +66,8 @@ class EvalLoader:
     """Validation batches of one rank, in natural order: sample i goes to rank i mod W.
 
     Every rank makes ceil(N / (W * batch)) steps of `batch` rows, so that collectives and compiled shapes fit; missing
-    rows have ``valid=False``, label -100 and id -1. The valid rows over all ranks are exactly the N samples.
+    rows have ``valid=False``, label -100 and id -1. The valid rows over all ranks are exactly the N samples. With
+    `limit` N is at most that, and sample i is row ``floor(i * rows / N)`` of the data set.
 
     Args:
         manifest: the data set; every shard's size is checked here.
@@ -64,8 +79,11 @@ class EvalLoader:
         interpolation: ``"bicubic"`` or ``"bilinear"`` (Pillow).
         workers: loader processes, kept between evaluations; 0 reads in this process.
         num_classes: number of valid labels; None takes the manifest's.
+        limit: number of samples to take, evenly spaced over the data set; None = all.
+        strict: False makes an unreadable sample a missing row instead of an error.
 
     Raises:
+        ValueError: a limit below 1.
         ShardError: a shard is missing or has another size; while iterating, any bad sample.
     """
 
@@ -81,9 +99,14 @@ class EvalLoader:
         interpolation: str = "bicubic",
         workers: int = 0,
         num_classes: int | None = None,
+        limit: int | None = None,
+        strict: bool = True,
     ):
+        if limit is not None and limit < 1:
+            raise ValueError(f"EvalLoader: limit is at least 1, found {limit}")
         check_shards(manifest)
-        self.samples = manifest.samples
+        self.rows = manifest.samples
+        self.samples = self.rows if limit is None else min(limit, self.rows)
         self.rank = rank
         self.world = world
         self.batch = batch
@@ -95,6 +118,7 @@ class EvalLoader:
             crop=crop,
             interpolation=interpolation,
             num_classes=num_classes if num_classes is not None else len(manifest.classes) or 1 << 31,
+            strict=strict,
         )
         self._loader: DataLoader | None = None
 
@@ -144,4 +168,4 @@ class _EvalRows:
         loader = self._loader
         for step in range(len(loader)):
             ids = (step * loader.batch + np.arange(loader.batch, dtype=np.int64)) * loader.world + loader.rank
-            yield np.where(ids < loader.samples, ids, -1)
+            yield np.where(ids < loader.samples, ids * loader.rows // loader.samples, -1)

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from ..core.errors import ModelError
+from .volo import accept_sizes
 
 # Modules of timm.models by what their constructors take (checked with timm 1.0.31 by building one model of each).
 _DYNAMIC = frozenset({"deit", "eva", "vision_transformer", "vision_transformer_hybrid", "vitamin"})
@@ -50,8 +51,9 @@ def create_model(
         resolution: side of the images in pixels at full cost; becomes ``img_size`` where the model has one.
         num_classes: outputs of the classifier.
         drop_path: stochastic depth rate of the last block.
-        dynamic: make a plain ViT (DeiT, EVA, ...) accept any multiple of its patch: its position embedding keeps the
-            size of `resolution` and is resampled in each forward, so no parameter changes with the input size.
+        dynamic: make a plain ViT (DeiT, EVA, ...) accept any multiple of its patch, and VOLO any multiple of 16: the
+            position embedding keeps the size of `resolution` and is resampled in each forward, so no parameter
+            changes with the input size.
         pretrained: load timm's weights.
         **kwargs: further arguments of `timm.create_model`; they win over the ones derived here.
 
@@ -66,7 +68,8 @@ def create_model(
         derived["img_size"] = resolution
     if dynamic and family in _DYNAMIC:
         derived["dynamic_img_size"] = True
-    return _build(name, {**derived, **kwargs, "pretrained": pretrained})
+    model = _build(name, {**derived, **kwargs, "pretrained": pretrained})
+    return accept_sizes(model) if dynamic and family == "volo" else model
 
 
 def model_stride(model_or_name: nn.Module | str, kwargs: Mapping[str, Any] | None = None) -> int:
@@ -105,7 +108,7 @@ def model_stride(model_or_name: nn.Module | str, kwargs: Mapping[str, Any] | Non
 def accepts_sizes(model: nn.Module) -> tuple[bool, str]:
     """Whether the model takes images of several sizes without a change of its parameters, and why (not).
 
-    A ViT does when it was built with ``dynamic_img_size=True``, convolutional and pooling models do always. A module
+    A ViT does when it was built with ``dynamic_img_size=True``, VOLO after `volo.accept_sizes`, convolutional and pooling models do always. A module
     of unknown origin is trusted.
     """
     for module in model.modules():
@@ -181,6 +184,8 @@ def _refusal(module: nn.Module) -> str:
         )
     if dynamic is False:
         return f"{name} was built for one image size; build it with dynamic_img_size=True (efftrain.model.kwargs)"
-    if family in _FIXED or (strict and not dynamic):
+    if family == "volo" and not dynamic:
+        return f"{name} was built for one image size; create it with create_model(..., dynamic=True)"
+    if (family in _FIXED or strict) and not dynamic:
         return f"{name} takes only the image size it was built for, and there is no adapter for it yet"
     return ""

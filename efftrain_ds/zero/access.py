@@ -10,7 +10,7 @@ Checked on the versions in `TESTED_VERSIONS`; `private_names` lists what is used
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -387,3 +387,162 @@ def full_shape(parameter: nn.Parameter) -> torch.Size:
 def frozen_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """Parameters without gradient (they have no master)."""
     return ((name, p) for name, p in module.named_parameters() if not p.requires_grad)
+
+
+def frozen_fragments(engine: Any) -> tuple[list[tuple[str, int, Tensor]], frozenset[str], dict[str, torch.Size]]:
+    """This rank's part of the parameters that have no master.
+
+    Returns:
+        (name, first element, 1-D view of the weight's dtype) of each; names of which every rank holds the whole; shapes.
+    """
+    held, replicated, shapes = [], set(), {}
+    for name, parameter in frozen_parameters(engine.module):
+        shapes[name] = full_shape(parameter)
+        if not hasattr(parameter, "ds_id"):
+            held.append((name, 0, parameter.data.reshape(-1)))
+            replicated.add(name)
+            continue
+        part = parameter.partition_numel()
+        start = torch.distributed.get_rank(parameter.ds_process_group) * part
+        length = min(part, parameter.ds_numel - start)
+        if length > 0:
+            held.append((name, start, parameter.ds_tensor.data.view(-1)[:length]))
+    return held, frozenset(replicated), shapes
+
+
+def refresh_frozen(engine: Any) -> None:
+    """Let ZeRO-3 read the frozen weights' partitions anew where it keeps whole copies. Collective."""
+    optimizer = engine.optimizer
+    if _class_name(optimizer) == _ZERO3:
+        optimizer.checkpoint_event_prologue()
+        optimizer.checkpoint_event_epilogue()
+
+
+def zero_skipped_gradients(engine: Any, names: Iterable[str]) -> None:
+    """Set the gradients of parameters that took no part in this step to zero, before ``engine.step()``.
+
+    ZeRO-3 keeps every parameter's last gradient partition and would apply (and count in the norm) a stale one; the
+    other stages fill missing gradients with zeros by themselves.
+    """
+    if _class_name(engine.optimizer) != _ZERO3:
+        return
+    named = dict(engine.module.named_parameters())
+    for name in names:
+        parameter = named[name]
+        if parameter.requires_grad:
+            local = deepspeed.utils.safe_get_local_grad(parameter)
+            deepspeed.utils.safe_set_local_grad(parameter, torch.zeros_like(local))
+
+
+def unsupported(engine: Any) -> str | None:
+    """Why this engine's parameters cannot change in mid-run; None where they can."""
+    optimizer, zero = engine.optimizer, engine._config.zero_config
+    name = _class_name(optimizer)
+    if getattr(optimizer, "round_robin_gradients", False):
+        return "zero_optimization.round_robin_gradients: not supported (its parameter map is wrong)"
+    if name in (_UNFUSED, _FUSED) and engine.fp16_enabled():
+        return "fp16 with zero_optimization.stage 0: DeepSpeed does not scale the loss there; use stage 1, 2 or 3, or bf16"
+    checks = {
+        "zero_optimization.offload_optimizer.device nvme": _device(zero.offload_optimizer) == "nvme",
+        "zero_optimization.offload_param.device nvme": _device(zero.offload_param) == "nvme",
+        "zero_optimization.zero_hpz_partition_size": zero.zero_hpz_partition_size > 1,
+        "zero_optimization.zero_quantized_weights": zero.zero_quantized_weights,
+        "zero_optimization.zenflow": getattr(zero, "zenflow", None) is not None,
+        "mixture of experts": getattr(engine, "has_moe_layers", False),
+        "tensor or pipeline parallelism": getattr(engine, "mpu", None) is not None,
+        "sequence parallelism": getattr(engine, "seq_parallel_group", None) is not None
+        and torch.distributed.get_world_size(engine.seq_parallel_group) > 1,
+    }
+    found = [key for key, bad in checks.items() if bad]
+    return f"{found[0]}: not supported where parameters change in mid-run" if found else None
+
+
+def _device(section: Any) -> str:
+    return str(getattr(getattr(section, "device", None), "value", "none")) if section is not None else "none"
+
+
+def unmapped_state(layout: Layout) -> list[str]:
+    """State of the base optimizer that is neither a number nor shaped like its flat, so that it cannot be moved."""
+    found = set()
+    for flat in layout.flats:
+        for key, value in layout.base.state.get(flat.master, {}).items():
+            number = value is None or isinstance(value, (int, float)) or (torch.is_tensor(value) and value.dim() == 0)
+            if not number and not (torch.is_tensor(value) and value.shape == flat.master.shape):
+                found.add(f"{key} ({type(value).__name__})")
+    return sorted(found)
+
+
+def tear_down(engine: Any) -> None:
+    """Destroy a DeepSpeedEngine and undo what `destroy` leaves behind, so that nothing keeps the module alive.
+
+    The caller drops its own references and collects garbage afterwards (engine and optimizer are in cycles).
+    """
+    module, optimizer = engine.module, engine.optimizer
+    for handle in (engine.module_forward_pre_hook, engine.module_forward_post_hook):
+        if handle is not None:
+            handle.remove()
+    engine.destroy()
+    if _class_name(optimizer) == _ZERO3:
+        from deepspeed.runtime.zero import parameter_offload, partitioned_param_coordinator
+
+        parameter_offload.FWD_MODULE_STACK[:] = [m for m in parameter_offload.FWD_MODULE_STACK if m is not module]
+        coordinator = partitioned_param_coordinator.PartitionedParameterCoordinator
+        # the cached function sits inside a profiling wrapper that hides it
+        for cell in getattr(coordinator, _RELEASE_CACHE).__closure__ or ():
+            getattr(cell.cell_contents, "cache_clear", lambda: None)()
+    for parameter in module.parameters():
+        for attribute in _LEFT_ON_PARAMETERS:
+            parameter.__dict__.pop(attribute, None)
+    engine.optimizer = engine.lr_scheduler = None
+
+
+_RELEASE_CACHE = "_PartitionedParameterCoordinator__params_to_release"
+_LEFT_ON_PARAMETERS = (
+    "_hp_mapping", "_dp_group", "get_full_hp_param", "get_full_hp_grad", "set_full_hp_param", "set_full_hp_grad",
+    "_z3_optimizer", "_z3_grad_accum_offload",
+)  # fmt: skip
+"""Attributes that link parameters to the old optimizer (checked on 0.19.8; absent ones do no harm)."""
+
+
+def continue_from(engine: Any, old: dict[str, Any]) -> None:
+    """Take over what `carried` returned from the engine before."""
+    load_counters(engine, old["counters"])
+    load_scaler_state(engine, old["scaler"])
+    engine.training_dataloader = old["training_dataloader"]
+
+
+def carried(engine: Any) -> dict[str, Any]:
+    """Counters, loss scaler and the like of an engine that will be replaced."""
+    return {
+        "counters": counters(engine),
+        "scaler": scaler_state(engine),
+        "training_dataloader": engine.training_dataloader,
+    }
+
+
+def params_offloaded(engine: Any) -> bool:
+    """True where ZeRO-3 keeps the weights in host memory."""
+    return _device(engine._config.zero_config.offload_param) != "none"
+
+
+def replay_steps(layout: Layout) -> None:
+    """Bring DeepSpeed's CPU Adam to the step count of its state.
+
+    It keeps the powers of beta as a running product inside its extension; a new object would start from pow(), which
+    differs in the last bits. Stepping a dummy of one element as often gives the running product again.
+    """
+    base = layout.base
+    if type(base).__name__ != "DeepSpeedCPUAdam":
+        return
+    steps = max((int(layout.scalars(i).get("step", 0)) for i in range(len(layout.flats))), default=0)
+    if not steps:
+        return
+    group = base.param_groups[0]
+    beta1, beta2 = group["betas"]
+    weight, grad, first, second = (torch.zeros(1) for _ in range(4))
+    # with several flats the count is out of step after the first of them, and the product is computed anew each time
+    replayed = range(1, steps + 1) if len(layout.flats) == 1 else (steps, steps)
+    for step in replayed:
+        base.ds_opt_adam.adam_update(
+            base.opt_id, step, 0.0, beta1, beta2, group["eps"], 0.0, True, weight, grad, first, second
+        )  # fmt: skip

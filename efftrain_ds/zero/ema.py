@@ -22,14 +22,15 @@ class ShardedEma:
         layout: where the masters are.
         decay: weight of the old average in one step, in [0, 1).
         warmup: use ``min(decay, (1 + t) / (10 + t))`` at step t.
+        shadow: tensors of the average, parallel to the flats; None starts with copies of the masters.
     """
 
-    def __init__(self, layout: Layout, decay: float, warmup: bool = True):
+    def __init__(self, layout: Layout, decay: float, warmup: bool = True, shadow: list[Tensor] | None = None):
         self.layout = layout
         self.decay = decay
         self.warmup = warmup
         self.updates = 0
-        self.shadow: list[Tensor] = [tensor.clone() for tensor in layout.tensors("fp32")]
+        self.shadow: list[Tensor] = [t.clone() for t in layout.tensors("fp32")] if shadow is None else shadow
         self.swapped = False
         """True while the model computes with the average."""
         self.stale = False

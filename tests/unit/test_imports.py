@@ -35,7 +35,7 @@ LAYERS = {
 }
 """Layer of each folder and of each module at the top of the package. Imports point to lower numbers only."""
 
-EXTRA = {("checkpoint", "zero"), ("observe", "cost")}
+EXTRA = {("checkpoint", "zero"), ("observe", "cost"), ("models", "zero")}
 """The only imports between folders of one layer: (from, to)."""
 
 LEAF = "kernels"

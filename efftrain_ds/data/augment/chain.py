@@ -107,7 +107,7 @@ class DeviceAugment:
         self.dtype = dtype
         fill = [min(255, round(255 * value)) for value in self.mean]
         self.randaugment = None if randaugment is None else RandAugment(**randaugment, fill=fill)
-        self.erasing = RandomErasing(erasing) if erasing > 0 else None
+        self.erasing = RandomErasing(erasing)
         self.mixer = BatchMixer(mixup, cutmix, mix_prob, mix_switch)
 
     def before(self, batch: Batch, magnitude: float | None = None) -> Batch:
@@ -129,20 +129,22 @@ class DeviceAugment:
             batch.images = self.randaugment(batch.images, positions, self.seed, magnitude)
         return batch
 
-    def after(self, batch: Batch, step: int, micro: int) -> Batch:
+    def after(self, batch: Batch, step: int, micro: int, erasing: float | None = None) -> Batch:
         """Normalise if nobody has yet, erase, mix (in float32), and cast to `dtype`.
 
         Args:
             batch: uint8 or normalised images (the latter are changed in place), labels and positions.
             step: optimizer step.
             micro: index of the micro-batch inside the step.
+            erasing: probability of random erasing in this step; None = the configured one.
 
         Returns:
             `batch`, ready for the model and `mixed_cross_entropy`.
         """
         self._normalize(batch, torch.float32)
-        if self.erasing is not None:
-            batch.images = self.erasing(batch.images, _positions(batch), self.seed)
+        probability = self.erasing.prob if erasing is None else erasing
+        if probability > 0:
+            batch.images = self.erasing(batch.images, _positions(batch), self.seed, probability)
         batch = self.mixer(batch, self.seed, step, micro)
         batch.images = batch.images.to(self.dtype)
         return batch

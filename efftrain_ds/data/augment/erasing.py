@@ -46,14 +46,19 @@ class RandomErasing:
         self._noise: Tensor | None = None
         self._noise_key: tuple[int, torch.device] | None = None
 
-    def draw(self, positions: np.ndarray, seed: int, height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
+    def draw(
+        self, positions: np.ndarray, seed: int, height: int, width: int, prob: float | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Boxes of the samples at `positions`; a pure function of (seed, position, image size).
+
+        A sample's box does not depend on the probability, so a smaller one erases a subset of the samples.
 
         Args:
             positions: [N] integers.
             seed: seed of the run.
             height: rows of the images in pixels.
             width: columns of the images in pixels.
+            prob: probability that a sample is erased; None = `self.prob`.
 
         Returns:
             boxes: [N, 4] int64 (top, left, height, width); all 0 where nothing is erased.
@@ -68,22 +73,23 @@ class RandomErasing:
         first = fits.argmax(1)[:, None]  # the first attempt that fits
         tall, wide = np.take_along_axis(rows, first, 1)[:, 0], np.take_along_axis(columns, first, 1)[:, 0]
         boxes = np.stack([u[:, 1] * (height - tall + 1), u[:, 2] * (width - wide + 1), tall, wide], 1)
-        boxes[(u[:, 0] >= self.prob) | ~fits.any(1)] = 0
+        boxes[(u[:, 0] >= (self.prob if prob is None else prob)) | ~fits.any(1)] = 0
         return boxes.astype(np.int64), (u[:, 3] * _OFFSETS).astype(np.int64)
 
-    def __call__(self, images: Tensor, positions: np.ndarray | Tensor, seed: int) -> Tensor:
+    def __call__(self, images: Tensor, positions: np.ndarray | Tensor, seed: int, prob: float | None = None) -> Tensor:
         """Erase in place.
 
         Args:
             images: [N, C, H, W] floating point, normalised.
             positions: [N] integers on the host, places in the training order.
             seed: seed of the run.
+            prob: probability that a sample is erased; None = `self.prob`.
 
         Returns:
             `images`.
         """
         channels, height, width = images.shape[1:]
-        boxes, offsets = self.draw(np.asarray(positions), seed, height, width)
+        boxes, offsets = self.draw(np.asarray(positions), seed, height, width, prob)
         chosen = np.flatnonzero(boxes[:, 2] * boxes[:, 3])
         if len(chosen) == 0:
             return images

@@ -15,7 +15,7 @@ from efftrain_ds.cost.macs import vit_macs
 from efftrain_ds.cost.throughput import Measured, Throughput, load_throughput
 from efftrain_ds.data.manifest import Manifest, Shard
 from efftrain_ds.observe.meters import StepMeter
-from efftrain_ds.planning import data_facts, make_plan, make_schedule, measured_throughput, outcomes, time_left
+from efftrain_ds.planning import data_facts, make_plan, measured_throughput, outcomes, plan_spec, time_left
 
 
 class HalfConfig(StrictModel):
@@ -142,12 +142,11 @@ def test_refusals_name_the_key() -> None:
         make_plan(load(), world=7)
 
 
-def test_embedded_schedule_without_a_model() -> None:
-    config = load(run={"steps": 100}, model={}, data={"resolution": 32})
-    schedule, methods = make_schedule(config, world=2, samples=0, stride=4)
-    assert schedule.total_steps == 100
-    assert [s.steps for s in schedule.stages] == [80, 20]
-    assert [m.name for m in methods] == ["half_size"]
+def test_what_the_methods_may_know() -> None:
+    spec = plan_spec(load(run={"steps": 100}, model={}, data={"resolution": 32}), world=2, samples=0, stride=4)
+    assert (spec.steps, spec.samples, spec.batch, spec.micro_batch, spec.world) == (100, 0, 64, 8, 2)
+    assert (spec.resolution, spec.stride, spec.model) == (32, 4, "")
+    assert plan_spec(load(), world=2, samples=6000).stride == 4
 
 
 def test_precision_ema_and_offload() -> None:

@@ -90,5 +90,10 @@ def test_words() -> None:
         "B128 keep_ratio=0.7"
     )
     assert short_settings({}) == "full"
+    grown = {"resolution": 160, "depth": 8, "drop_path": 0.03, "ra_magnitude": 6.0, "erasing": 0.1}
+    assert short_settings(grown) == "R160 d8 m6"
+    assert short_settings({**grown, "search": True, "other": None}, leave={"ra_magnitude"}) == "R160 d8 search"
+    assert short_settings({"depth": 8, "search": False, "phase": "thaw"}) == "d8 thaw"
+    assert short_settings({"drop_path": 0.1, "erasing": 0.0}) == "full"
     assert [macs_text(m) for m in (4.599e9, 2.5e7, 3e6)] == ["4.60", "0.025", "0.00300"]
     assert align([["a", "bb"], ["ccc", "d"]], left=(0,)) == ["a    bb", "ccc   d"]

@@ -41,6 +41,12 @@ def test_predict_measured_before_fitted() -> None:
 def test_save_load_and_replace(tmp_path: Path) -> None:
     profile = make().with_entry(Measured(96, 8, 1, 100, 9.0, 5)).with_entry(Measured(96, 8, 1, 100, 7.0, 50))
     assert [e.seconds for e in profile.entries] == [7.0]
+    deeper = Measured(96, 8, 1, 150, 9.0, 5)  # the same batch through another depth
+    profile = profile.with_entry(deeper)
+    assert [e.seconds for e in profile.entries] == [7.0, 9.0]
+    found = profile.predict(bandwidth=96, micro_batch=8, accumulation=1, macs=150)
+    assert found is not None
+    assert (found.seconds, found.how) == (9.0, "measured")
     path = tmp_path / "deep" / "profile.json"
     profile.save(path)
     assert load_throughput(path) == profile

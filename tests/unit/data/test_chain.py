@@ -167,3 +167,22 @@ def test_positions_are_required_and_stay_on_the_host():
     moved = batch_of(np.arange(3)).to("meta")
     assert moved.images.device.type == "meta"
     assert moved.positions.device.type == "cpu"
+
+
+def test_erasing_probability_of_one_step():
+    positions = np.arange(60)
+    plain = {"flip": 0, "mixup": 0, "cutmix": 0}
+
+    def run(configured: float, *arguments) -> torch.Tensor:
+        augment = DeviceAugment(seed=4, randaugment=None, erasing=configured, **plain)
+        return augment.after(batch_of(positions), 3, 1, *arguments).images
+
+    whole = run(0.0)
+    assert torch.equal(run(0.4), run(0.4, None))
+    assert torch.equal(run(0.4, 0.0), whole)
+    for configured in (0.0, 0.25):
+        assert torch.equal(run(configured, 0.4), run(0.4))
+    few, many = ((run(0.0, p) != whole).flatten(1).any(1) for p in (0.2, 0.6))
+    assert 0 < few.sum() < many.sum() < 60
+    assert not (few & ~many).any()  # a smaller probability erases some of the same samples, with the same boxes
+    assert torch.equal(run(0.2)[few], run(0.6)[few])

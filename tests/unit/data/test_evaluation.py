@@ -7,9 +7,12 @@ import pytest
 import torch
 from PIL import Image
 
+from efftrain_ds.config.loader import load_config
 from efftrain_ds.core.errors import ShardError
+from efftrain_ds.data.augment import DeviceAugment
 from efftrain_ds.data.evaluation import EvalLoader
 from efftrain_ds.data.manifest import INDEX, ROW, Manifest, Shard, load_manifest
+from efftrain_ds.train_setup import probe_source
 
 N = 97
 
@@ -90,3 +93,73 @@ def test_unknown_label_stops_the_evaluation(tmp_path):
     with pytest.raises(ShardError, match=r"validation sample 5.*label 7 is not in 0\.\.6"):
         list(EvalLoader(manifest, rank=0, world=1, batch=4, resolution=8))
     assert len(list(EvalLoader(manifest, rank=0, world=1, batch=4, resolution=8, num_classes=8))) == 3
+
+
+@pytest.mark.parametrize("world", [1, 3])
+@pytest.mark.parametrize("limit", [1, 10, 96, N, 500])
+def test_a_limit_takes_evenly_spaced_samples(manifest, world, limit):
+    count, seen, steps = min(limit, N), {}, set()
+    for rank in range(world):
+        loader = EvalLoader(manifest, rank=rank, world=world, batch=4, resolution=8, limit=limit)
+        batches = list(loader)
+        steps.add(len(batches))
+        assert loader.samples == count
+        for step, batch in enumerate(batches):
+            assert torch.equal(batch.images[batch.valid, 0, 0, 0].long(), 2 * batch.ids[batch.valid] % 256)
+            assert torch.equal(batch.labels[batch.valid], batch.ids[batch.valid] % 7)
+            for row, sample in enumerate(batch.ids[batch.valid].tolist()):
+                seen[(step * 4 + row) * world + rank] = sample
+    assert steps == {-(-count // (world * 4))}
+    assert seen == {i: i * N // count for i in range(count)}
+
+
+def test_a_limit_must_take_something(manifest):
+    with pytest.raises(ValueError, match="limit is at least 1, found 0"):
+        EvalLoader(manifest, rank=0, world=1, batch=4, resolution=8, limit=0)
+
+
+def test_not_strict_leaves_bad_samples_out(tmp_path):
+    manifest = write_split(tmp_path, 12, bad=7, label=7)
+    loader = EvalLoader(manifest, rank=0, world=1, batch=6, resolution=8, strict=False)
+    first, second = loader
+    assert first.valid.tolist() == [True] * 5 + [False]  # sample 5 has a label that is no class
+    assert second.valid.tolist() == [True, False] + [True] * 4
+    assert second.ids.tolist() == [6, -1, 8, 9, 10, 11]
+    assert second.labels.tolist() == [6, -100, 1, 2, 3, 4]
+    assert not second.images[1].any()
+    assert second.images[2].any()
+
+
+def probes(manifest, world, batch=4):
+    config = load_config({"efftrain": {"schema": 1, "data": {"resolution": 8, "eval_crop": 1.0}}})
+    return [probe_source(config, manifest, rank, world, batch, 7) for rank in range(world)]
+
+
+def test_probe_batches_are_equal_at_every_call_whatever_was_done_to_them(manifest):
+    (probe,) = probes(manifest, 1)
+    first = [(b.images.clone(), b.labels.clone(), b.ids.tolist()) for b in probe(10)]
+    augment = DeviceAugment(seed=0)
+    for batch in probe(10):
+        images = augment.evaluate(batch.to("cpu")).images
+        assert images.dtype == torch.float32
+    again = probe(10)
+    assert [b.images.dtype for b in again] == [torch.uint8] * 3
+    assert [len(b) for b in again] == [4, 4, 4]
+    for batch, (images, labels, ids) in zip(again, first, strict=True):
+        assert torch.equal(batch.images, images)
+        assert torch.equal(batch.labels, labels)
+        assert batch.ids.tolist() == ids
+    assert torch.cat([b.ids[b.valid] for b in again]).tolist() == [i * N // 10 for i in range(10)]
+    assert sum(int(b.valid.sum()) for b in probe(3)) == 3
+
+
+def test_probe_batches_of_several_ranks_are_the_total(manifest):
+    per_rank = [probe(10) for probe in probes(manifest, 3, batch=2)]
+    assert [len(batches) for batches in per_rank] == [2, 2, 2]
+    ids = [i for batches in per_rank for b in batches for i in b.ids[b.valid].tolist()]
+    assert sorted(ids) == [i * N // 10 for i in range(10)]
+
+
+def test_an_unreadable_training_sample_does_not_stop_a_probe(tmp_path):
+    (probe,) = probes(write_split(tmp_path, 12, bad=7), 1)
+    assert torch.cat([b.ids[b.valid] for b in probe(12)]).tolist() == [i for i in range(12) if i != 7]

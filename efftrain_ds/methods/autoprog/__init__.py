@@ -1,0 +1,1 @@
+"""AutoProg: automated progressive learning (depth and resolution grow in stages), and staged unfreezing."""

@@ -1,0 +1,581 @@
+"""Changing a model's parameters in the middle of a DeepSpeed run, on any ZeRO stage, losing nothing.
+
+The way: plan on a blueprint while the engine is alive (a failure there costs nothing), take *views* of the old fp32
+masters and moments, destroy the engine, make a fresh module and engine, and move every state key from the old
+fragments to the new ones. Until the new engine stands the old state is kept, and a failure brings it back.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import random
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ..core.errors import EffTrainError, RebuildError
+from ..core.rng import torch_rng
+from . import access
+from .blueprint import carry_hooks, copy_blueprint, materialise
+from .ema import ShardedEma
+from .exchange import Exchange, Held, Table, rank, world_size
+from .groups import GroupPlan
+from .request import ParameterMap, RebuildRequest
+
+logger = logging.getLogger(__name__)
+
+Create = Callable[[nn.Module, list[dict[str, Any]]], Any]
+"""Makes a DeepSpeedEngine from a module and its parameter groups."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a rebuild did.
+
+    Attributes:
+        reason: of the request.
+        seconds: total wall time.
+        parts: seconds by part ("plan", "teardown", "create", "restore").
+        parameters: trainable elements before and after.
+    """
+
+    reason: str
+    seconds: float
+    parts: Mapping[str, float]
+    parameters: tuple[int, int]
+
+
+@dataclass
+class RebuildPlan:
+    """A checked request: nothing has been touched yet."""
+
+    request: RebuildRequest
+    blueprint: nn.Module
+    groups: GroupPlan
+    shapes: dict[str, torch.Size]
+    old_shapes: dict[str, torch.Size]
+    trainable: list[str]
+    step: int
+
+
+@dataclass
+class Bundle:
+    """The state of an engine that is about to be destroyed: views and small values, no copies.
+
+    Attributes:
+        held: this rank's fragments by key ("fp32", state keys, "ema"); "fp32" includes the frozen weights.
+        replicated: names of which every rank holds the whole tensor.
+        shapes: full shapes of all parameters.
+        trainable: names that have a master.
+        scalars: step count and the like by parameter name, of all ranks.
+        hypers: current hyper-parameters by group name.
+        buffers: module buffers by name.
+    """
+
+    held: dict[str, list[Held]]
+    replicated: frozenset[str]
+    shapes: dict[str, torch.Size]
+    trainable: frozenset[str]
+    scalars: dict[str, dict[str, float]]
+    hypers: dict[str, dict[str, Any]]
+    buffers: dict[str, Tensor]
+    carried: dict[str, Any]
+    scheduler: dict[str, Any] | None
+    training: bool
+    average: tuple[float, bool, int] | None
+    rng: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def state_keys(self) -> list[str]:
+        """Keys of the optimizer state."""
+        return [key for key in self.held if key not in ("fp32", "ema")]
+
+
+def agree(problem: str | None, what: str) -> None:
+    """Raise on all ranks if any rank has a problem. Collective.
+
+    Raises:
+        RebuildError: with every rank's text.
+    """
+    problems: list[Any] = [problem]
+    if world_size() > 1:
+        problems = [None] * world_size()
+        dist.all_gather_object(problems, problem)
+    texts = sorted({text for text in problems if text})
+    if texts:
+        where = [str(i) for i, text in enumerate(problems) if text]
+        ranks = "" if len(where) == len(problems) else f" (rank {', '.join(where)} of {len(problems)})"
+        raise RebuildError(f"{what}{ranks}: " + "; ".join(texts))
+
+
+class Rebuilder:
+    """Owns the blueprint and the groups of a run and replaces its DeepSpeedEngine.
+
+    Args:
+        blueprint: of the module that runs now.
+        groups: its parameter groups.
+        create: makes a DeepSpeedEngine.
+        seed: of the run; initial values come from (seed, step, name).
+        keep_old: keep the old state until the new engine stands, so that a failure is rolled back; False frees it key
+            by key while moving (a third less memory on top).
+    """
+
+    def __init__(
+        self, blueprint: nn.Module, groups: GroupPlan, create: Create, *, seed: int = 0, keep_old: bool = True
+    ):
+        self.blueprint = blueprint
+        self.groups = groups
+        self.seed = seed
+        self.keep_old = keep_old
+        self._create = create
+
+    # -- plan --------------------------------------------------------------------------------------------------
+
+    def plan(self, engine: Any, request: RebuildRequest, *, step: int, ema: ShardedEma | None = None) -> RebuildPlan:
+        """Check a request against the running engine. Collective; nothing is changed.
+
+        Raises:
+            RebuildError: on all ranks, saying what does not fit.
+        """
+        found: RebuildPlan | None = None
+        problem = None
+        try:
+            found = self._plan(engine, request, step, ema)
+        except (EffTrainError, ValueError, KeyError, IndexError) as error:
+            problem = str(error) if isinstance(error, EffTrainError) else f"{type(error).__name__}: {error}"
+        agree(problem, f"rebuild ({request.reason or 'no reason given'})")
+        assert found is not None
+        return found
+
+    def _plan(self, engine: Any, request: RebuildRequest, step: int, ema: ShardedEma | None) -> RebuildPlan:
+        if not access.at_boundary(engine):
+            raise RebuildError("parameters can change only between optimizer steps (accumulation is in flight)")
+        if ema is not None and ema.swapped:
+            raise RebuildError("parameters cannot change while the average is swapped in (evaluating)")
+        if request.values == "ema" and ema is None:
+            raise RebuildError("the values of the average are asked for, but none is kept; set efftrain.model.ema")
+        why = access.unsupported(engine)
+        if why is not None:
+            raise RebuildError(why)
+        layout = access.layout_of(engine)
+        strange = access.unmapped_state(layout)
+        if strange:
+            raise RebuildError(
+                f"optimizer {type(layout.base).__name__} keeps {', '.join(strange)}, which cannot be moved; allowed: "
+                "optimizers whose state has the shape of the parameters (Adam, AdamW, SGD, Lion, ...)"
+            )
+        blueprint = request.surgery(copy_blueprint(self.blueprint))
+        shapes = {name: p.shape for name, p in blueprint.named_parameters()}
+        old_shapes = {name: access.full_shape(p) for name, p in engine.module.named_parameters()}
+        buffers = {name: b.shape for name, b in blueprint.named_buffers()}
+        old_buffers = {name: b.shape for name, b in engine.module.named_buffers()}
+        _check_maps(request, {**shapes, **buffers}, {**old_shapes, **old_buffers})
+        groups = self._groups_after(request, blueprint, step)
+        trainable = [name for name, p in blueprint.named_parameters() if p.requires_grad]
+        return RebuildPlan(request, blueprint, groups, shapes, old_shapes, trainable, step)
+
+    def _groups_after(self, request: RebuildRequest, blueprint: nn.Module, step: int) -> GroupPlan:
+        sources = {name: m.pieces[0].source if m.pieces else None for name, m in request.maps.items()}
+        if request.reset:
+            return GroupPlan(self.groups.hypers, {}, self.groups.home).changed(blueprint, sources, {}, step=0)
+        new = {name: not m.moments for name, m in request.maps.items()}
+        return self.groups.changed(blueprint, sources, new, step=step)
+
+    # -- carry it out ------------------------------------------------------------------------------------------
+
+    def execute(self, holder: Any, plan: RebuildPlan) -> Report:
+        """Replace ``holder.deepspeed_engine`` (and the state of ``holder.ema``). Collective.
+
+        Args:
+            holder: owns the only reference to the engine; has attributes `deepspeed_engine` and `ema`.
+            plan: from `plan`.
+
+        Raises:
+            RebuildError: it failed; the previous state is back (with `keep_old`).
+        """
+        clock = _Clock()
+        old_module = holder.deepspeed_engine.module
+        bundle = capture(holder.deepspeed_engine, holder.ema)
+        before = sum(bundle.shapes[name].numel() for name in bundle.trainable)
+        clock.part("plan")
+        skeleton = _skeleton_of(holder.deepspeed_engine)
+        self._tear_down(holder)
+        clock.part("teardown")
+        old_groups, old_blueprint = self.groups, self.blueprint
+        try:
+            self._build(holder, plan.blueprint, plan.groups, skeleton, "creating the new engine failed")
+            clock.part("create")
+            self._restore(holder, bundle, plan, clock)
+        except Exception as error:
+            # a collective that failed on one rank only cannot be mended; every failure that all ranks know of is
+            problem = str(error) if isinstance(error, EffTrainError) else f"{type(error).__name__}: {error}"
+            if not self.keep_old:
+                raise RebuildError(f"{problem}; the old state was given up (keep_old is false)") from error
+            self._roll_back(holder, bundle, old_blueprint, old_groups, skeleton)
+            carry_hooks(old_module, holder.deepspeed_engine.module)
+            raise RebuildError(f"{problem}; the state before the rebuild is restored") from error
+        carry_hooks(old_module, holder.deepspeed_engine.module)
+        self.blueprint, self.groups = plan.blueprint, plan.groups
+        after = sum(plan.shapes[name].numel() for name in plan.trainable)
+        return Report(plan.request.reason, clock.total, clock.parts, (before, after))
+
+    def recreate(self, holder: Any, blueprint: nn.Module, groups: GroupPlan) -> None:
+        """An engine for another architecture with no state moved; a checkpoint is loaded into it next. Collective."""
+        engine = holder.deepspeed_engine
+        average = holder.ema and (holder.ema.decay, holder.ema.warmup)
+        skeleton, training = _skeleton_of(engine), engine.module.training
+        batch = (engine.train_micro_batch_size_per_gpu(), engine.gradient_accumulation_steps())
+        rng = _rng_state()
+        del engine
+        self._tear_down(holder)
+        self._build(holder, blueprint, groups, skeleton, "creating the engine failed", clear=True)
+        self.blueprint, self.groups = blueprint, groups
+        engine = holder.deepspeed_engine
+        access.set_batch(engine, *batch)
+        engine.train(training)
+        if average:
+            holder.ema = ShardedEma(access.layout_of(engine), *average)
+        _set_rng_state(rng)
+
+    def _tear_down(self, holder: Any) -> None:
+        engine = holder.deepspeed_engine
+        if holder.ema is not None:
+            holder.ema.layout = None
+        holder.deepspeed_engine = None
+        access.tear_down(engine)
+        del engine
+        gc.collect()
+
+    def _build(
+        self,
+        holder: Any,
+        blueprint: nn.Module,
+        groups: GroupPlan,
+        skeleton: tuple[torch.dtype, torch.device],
+        what: str,
+        clear: bool = False,
+    ) -> None:
+        module, problem = None, None
+        try:
+            module = materialise(blueprint, dtype=skeleton[0], device=skeleton[1])
+            with torch.no_grad():
+                for parameter in module.parameters():
+                    parameter.zero_()  # garbage bits could be NaN, which some constructors multiply by zero
+        except Exception as error:
+            problem = f"{type(error).__name__}: {error}"
+        agree(problem, what)
+        try:
+            holder.deepspeed_engine = self._create(module, groups.for_optimizer(module))
+        except Exception as error:
+            problem = f"{type(error).__name__}: {error}"
+        agree(problem, what)
+
+    def _roll_back(
+        self,
+        holder: Any,
+        bundle: Bundle,
+        blueprint: nn.Module,
+        groups: GroupPlan,
+        skeleton: tuple[torch.dtype, torch.device],
+    ) -> None:
+        if holder.deepspeed_engine is not None:
+            self._tear_down(holder)
+        gc.collect()
+        self._build(holder, blueprint, groups, skeleton, "bringing the old engine back failed")
+        shapes = dict(bundle.shapes)
+        trainable = [name for name, p in blueprint.named_parameters() if p.requires_grad]
+        identity = RebuildPlan(RebuildRequest(), blueprint, groups, shapes, shapes, trainable, 0)
+        self._restore(holder, bundle, identity, _Clock(), keep=True)
+
+    @torch.no_grad()
+    def _restore(self, holder: Any, bundle: Bundle, plan: RebuildPlan, clock: _Clock, keep: bool | None = None) -> None:
+        """Fill the new engine from the bundle. Collective."""
+        engine, request = holder.deepspeed_engine, plan.request
+        keep = self.keep_old if keep is None else keep
+        layout = access.layout_of(engine)
+        frozen, replicated, _ = access.frozen_fragments(engine)
+        frozen_held = [Held(name, start, values) for name, start, values in frozen]
+        masters = _held(layout, layout.tensors("fp32"))
+        everything = frozenset(layout.shapes) if layout.replicated else frozenset()
+        old_table = Table.gather(bundle.held["fp32"], bundle.replicated)
+        new_table = Table.gather([*masters, *frozen_held], everything | replicated)
+        untiled = new_table.untiled({name: shape.numel() for name, shape in plan.shapes.items()})
+        if untiled:
+            raise RebuildError(f"DeepSpeed's new partitions do not cover {', '.join(untiled[:3])}")
+        exchange = Exchange(
+            old_table, new_table, request.maps, plan.shapes, plan.old_shapes, torch.device(engine.device)
+        )
+        names, old_names = sorted(plan.shapes), frozenset(plan.old_shapes)
+        drawn = _Initial(request.maps, plan.shapes, self.seed, plan.step)
+        values = bundle.held["fp32"]
+        if request.values == "ema":
+            averaged = {h.name for h in bundle.held["ema"]}
+            values = [*bundle.held["ema"], *(h for h in values if h.name not in averaged)]
+        exchange.move("fp32", values, [*masters, *frozen_held], names=names, present=old_names, initial=drawn)
+        trainable = sorted(plan.trainable)
+        if bundle.average is not None:
+            decay, warmup, updates = bundle.average
+            shadow = [torch.zeros_like(flat) for flat in layout.tensors("fp32")]
+            targets = _held(layout, shadow)
+            # a parameter that was frozen until now has no average: its weight is one
+            sources = [*bundle.held["ema"], *(h for h in bundle.held["fp32"] if h.name not in bundle.trainable)]
+            exchange.move("ema", sources, targets, names=trainable, present=old_names, initial=drawn)
+            average = ShardedEma(layout, decay, warmup, shadow=shadow)
+            average.updates = updates
+            holder.ema = average
+        if not keep:
+            del values, bundle.held["fp32"]
+            bundle.held.pop("ema", None)
+        keys = bundle.state_keys
+        if request.reset:
+            keys = []
+        self._start_state(layout, bundle, plan, keys)
+        for key in keys:
+            targets = _held(layout, layout.tensors(key))
+            exchange.move(key, bundle.held[key], targets, names=trainable, present=bundle.trainable)
+            if not keep:
+                del bundle.held[key]
+        layout.push()
+        if frozen:
+            access.refresh_frozen(engine)
+        _restore_buffers(engine.module, bundle.buffers, request.maps)
+        self._continue(engine, layout, bundle, plan)
+        clock.part("restore")
+
+    def _start_state(self, layout: access.Layout, bundle: Bundle, plan: RebuildPlan, keys: Sequence[str]) -> None:
+        """Step counts of the new flats; state that a constructor has made is set to zero."""
+        for flat in layout.flats:
+            for key, value in layout.base.state.get(flat.master, {}).items():
+                if torch.is_tensor(value) and value.shape == flat.master.shape and key not in keys:
+                    value.zero_()
+        members: dict[int, list[str]] = {}
+        for fragment in layout.fragments:
+            members.setdefault(fragment.flat, []).append(fragment.name)
+        whole_groups: dict[int, list[str]] = {}
+        for name, group in layout.groups.items():
+            whole_groups.setdefault(group, []).append(name)
+        for number, flat in enumerate(layout.flats):
+            names = members.get(number) or whole_groups.get(flat.group, [])
+            found = [self._scalars_of(name, bundle, plan) for name in names]
+            keys_found = {key for scalars in found for key in scalars}
+            merged = {key: max(s.get(key, 0.0) for s in found) for key in keys_found}
+            if merged:
+                layout.set_scalars(number, merged)
+        access.replay_steps(layout)
+
+    def _scalars_of(self, name: str, bundle: Bundle, plan: RebuildPlan) -> dict[str, float]:
+        target = plan.request.maps.get(name)
+        source = name if target is None else (target.pieces[0].source if target.pieces else None)
+        carried = target is None or target.moments
+        if source in bundle.scalars and carried and not plan.request.reset:
+            return bundle.scalars[source]
+        return {key: 0.0 for scalars in bundle.scalars.values() for key in scalars}
+
+    def _continue(self, engine: Any, layout: access.Layout, bundle: Bundle, plan: RebuildPlan) -> None:
+        """Counters, scaler, scheduler, group hyper-parameters, mode and RNG, in this order."""
+        micro, accumulation = bundle.carried["batch"]
+        access.set_batch(engine, micro, accumulation)
+        access.continue_from(engine, bundle.carried)
+        parents = plan.groups.parents()
+        labels = list(plan.groups.members)
+        origins = [label if label in bundle.hypers else parents[label] for label in labels]
+        order = list(bundle.hypers)
+        if engine.lr_scheduler is not None and bundle.scheduler is not None:
+            rows = [order.index(o) if o in bundle.hypers else 0 for o in origins]
+            engine.lr_scheduler.load_state_dict(_regrouped(bundle.scheduler, len(order), rows))
+        for group in layout.base.param_groups:
+            label = group["name"]
+            origin = label if label in bundle.hypers else parents[label]
+            values = bundle.hypers.get(origin) or next(iter(bundle.hypers.values()))
+            group.update({k: v for k, v in values.items() if k not in ("name", "params")})
+        engine.train(bundle.training)
+        _set_rng_state(bundle.rng)
+
+
+def capture(engine: Any, ema: ShardedEma | None) -> Bundle:
+    """Views and small values of everything that must survive. Collective (tables of step counts)."""
+    rng = _rng_state()
+    layout = access.layout_of(engine)
+    frozen, replicated, frozen_shapes = access.frozen_fragments(engine)
+    held = {"fp32": _held(layout, layout.tensors("fp32"))}
+    keys: list[Any] = [layout.state_keys()]
+    if world_size() > 1:  # a rank that holds only padding has no state of its own
+        keys = [None] * world_size()
+        dist.all_gather_object(keys, layout.state_keys())
+    for key in sorted({k for of_rank in keys for k in of_rank}):
+        held[key] = _held(layout, layout.tensors(key))
+    if ema is not None:
+        held["ema"] = _held(layout, ema.shadow)
+    held["fp32"] += [Held(name, start, values) for name, start, values in frozen]
+    mine = {f.name: layout.scalars(f.flat) for f in layout.fragments}
+    scalars = _per_group_maximum(mine, layout)
+    carried = access.carried(engine)
+    carried["batch"] = (engine.train_micro_batch_size_per_gpu(), engine.gradient_accumulation_steps())
+    scheduler = engine.lr_scheduler
+    return Bundle(
+        held=held,
+        replicated=frozenset(layout.shapes if layout.replicated else ()) | replicated,
+        shapes={**layout.shapes, **frozen_shapes},
+        trainable=frozenset(layout.shapes),
+        scalars=scalars,
+        hypers={g["name"]: {k: v for k, v in g.items() if k != "params"} for g in layout.base.param_groups},
+        buffers={name: b for name, b in engine.module.named_buffers() if b is not None},
+        carried=carried,
+        scheduler=scheduler.state_dict() if scheduler is not None else None,
+        training=engine.module.training,
+        average=(ema.decay, ema.warmup, ema.updates) if ema is not None else None,
+        rng=rng,
+    )
+
+
+def _per_group_maximum(mine: dict[str, dict[str, float]], layout: access.Layout) -> dict[str, dict[str, float]]:
+    """Step counts by name, of all ranks.
+
+    Every parameter of a group has stepped equally often; only some fused optimizers (and torch's, for parameters that
+    never had a gradient) count fewer for some of them, so the group's maximum is carried where DeepSpeed steps whole
+    groups.
+    """
+    parts: list[Any] = [mine]
+    if world_size() > 1 and not layout.replicated:
+        parts = [None] * world_size()
+        dist.all_gather_object(parts, mine)
+    merged = {name: scalars for part in parts for name, scalars in part.items()}
+    fused = type(layout.base).__name__ == "FusedAdam"
+    if layout.replicated and not fused:
+        return merged
+    best: dict[int, dict[str, float]] = {}
+    for name, scalars in merged.items():
+        row = best.setdefault(layout.groups[name], {})
+        for key, value in scalars.items():
+            row[key] = max(row.get(key, 0.0), value)
+    return {name: best.get(layout.groups[name], {}) for name in layout.shapes}
+
+
+def _held(layout: access.Layout, tensors: list[Tensor]) -> list[Held]:
+    return [Held(f.name, f.start, layout.values(f, tensors)) for f in layout.fragments]
+
+
+def _skeleton_of(engine: Any) -> tuple[torch.dtype, torch.device]:
+    """Training dtype (the module is made in it: its values are overwritten anyway) and where to make it."""
+    dtype = torch.float32
+    if engine.bfloat16_enabled():
+        dtype = torch.bfloat16
+    elif engine.fp16_enabled():
+        dtype = torch.float16
+    return dtype, torch.device("cpu") if access.params_offloaded(engine) else torch.device(engine.device)
+
+
+class _Initial:
+    """Initial values of new tensors from (seed, step, name): equal on all ranks, drawn when needed, not kept."""
+
+    def __init__(self, maps: Mapping[str, ParameterMap], shapes: Mapping[str, torch.Size], seed: int, step: int):
+        self.maps, self.shapes, self.seed, self.step = maps, shapes, seed, step
+
+    def __call__(self, name: str) -> Tensor | None:
+        init = self.maps[name].init
+        if init is None:
+            return None
+        return init(self.shapes[name], torch_rng("cpu", self.seed, "rebuild", self.step, name)).float()
+
+
+def _check_maps(
+    request: RebuildRequest, new: Mapping[str, torch.Size], old: Mapping[str, torch.Size]
+) -> None:
+    found: list[str] = []
+    consumed: set[str] = set()
+    for name in request.maps:
+        if name not in new:
+            found.append(f"map of {name}, which the new module does not have")
+    for name, shape in new.items():
+        target = request.maps.get(name)
+        if target is None:
+            if name not in old:
+                found.append(f"{name} is new and has no map")
+            elif old[name] != shape:
+                found.append(f"{name} changes from {list(old[name])} to {list(shape)} and has no map")
+            consumed.add(name)
+            continue
+        for piece in target.pieces:
+            consumed.add(piece.source)
+            if piece.source not in old:
+                found.append(f"{name} is to come from {piece.source}, which the module does not have")
+                continue
+            fit = _piece_misfit(piece, old[piece.source], shape)
+            if fit:
+                found.append(f"{name} <- {piece.source}: {fit}")
+    lost = sorted(set(old) - consumed - request.drops)
+    if lost:
+        found.append(f"nothing takes over {', '.join(lost[:5])}; list what is to go in drops")
+    if found:
+        more = f" (and {len(found) - 5} more)" if len(found) > 5 else ""
+        raise RebuildError("; ".join(found[:5]) + more)
+
+
+def _piece_misfit(piece: Any, old: torch.Size, new: torch.Size) -> str:
+    if len(old) != len(new):
+        return f"{len(old)} dimensions against {len(new)}"
+    for dim, (have, want) in enumerate(zip(old, new, strict=True)):
+        take = list(piece.take[dim]) if dim in piece.take else list(range(have))
+        put = list(piece.put[dim]) if dim in piece.put else list(range(want))
+        if len(take) != len(put):
+            return f"dimension {dim}: {len(take)} values for {len(put)} places"
+        if take and (min(take) < 0 or max(take) >= have):
+            return f"dimension {dim}: an index is not in 0..{have - 1}"
+        if put and (min(put) < 0 or max(put) >= want):
+            return f"dimension {dim}: a place is not in 0..{want - 1}"
+    return ""
+
+
+def _restore_buffers(module: nn.Module, old: Mapping[str, Tensor], maps: Mapping[str, ParameterMap]) -> None:
+    for name, buffer in module.named_buffers():
+        target = maps.get(name)
+        source = name if target is None else (target.pieces[0].source if target.pieces else None)
+        if source is not None and source in old and old[source].shape == buffer.shape:
+            buffer.copy_(old[source])
+
+
+def _regrouped(state: Any, old_count: int, rows: Sequence[int]) -> Any:
+    """A scheduler's state with one entry a group in every list that had one a group."""
+    if isinstance(state, dict):
+        return {key: _regrouped(value, old_count, rows) for key, value in state.items()}
+    if isinstance(state, list) and len(state) == old_count and all(isinstance(v, (int, float)) for v in state):
+        return [state[row] for row in rows]
+    return state
+
+
+def _rng_state() -> dict[str, Any]:
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else None
+    return {"torch": torch.get_rng_state(), "cuda": cuda, "numpy": np.random.get_state(), "python": random.getstate()}
+
+
+def _set_rng_state(state: Mapping[str, Any]) -> None:
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] is not None:
+        torch.cuda.set_rng_state_all(state["cuda"])
+    np.random.set_state(state["numpy"])
+    random.setstate(state["python"])
+
+
+class _Clock:
+    def __init__(self) -> None:
+        self.parts: dict[str, float] = {}
+        self._start = self._last = time.monotonic()
+
+    def part(self, name: str) -> None:
+        now = time.monotonic()
+        self.parts[name] = now - self._last
+        self._last = now
+
+    @property
+    def total(self) -> float:
+        return self._last - self._start
+
+
+__all__ = ["Bundle", "Rebuilder", "RebuildPlan", "Report", "agree", "capture", "rank"]
