@@ -11,12 +11,13 @@ if TYPE_CHECKING:
     from .config.loader import load_config
     from .core.method import Method
     from .core.registry import register_method
-    from .engine import EfficientEngine, initialize, wrap
+    from .engine import EfficientEngine
+    from .startup import initialize, wrap
 
 _HOMES = {
     "EfficientEngine": "engine",
-    "initialize": "engine",
-    "wrap": "engine",
+    "initialize": "startup",
+    "wrap": "startup",
     "Method": "core.method",
     "register_method": "core.registry",
     "load_config": "config.loader",

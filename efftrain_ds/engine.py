@@ -6,31 +6,25 @@ Three depths of use: (1) `initialize` with DeepSpeed's signature and an unchange
 
 from __future__ import annotations
 
-import copy
-import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-import deepspeed
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from .checkpoint import store
-from .config.loader import LoadedConfig, build_methods, load_config
 from .core.batch import Batch
 from .core.context import Context
 from .core.errors import CheckpointError, ConfigError, NoEffectWarning, RebuildError
 from .core.method import Method
 from .core.timeline import Schedule, Stage
-from .embedded import embedded_schedule
 from .zero import access
-from .zero.blueprint import copy_blueprint, digest, make_blueprint
+from .zero.blueprint import copy_blueprint, digest
 from .zero.ema import ShardedEma
-from .zero.groups import GroupPlan
 from .zero.rebuild import Rebuilder, Report
 from .zero.request import RebuildRequest, compose_requests
 
@@ -467,198 +461,3 @@ class EfficientEngine:
                 for method in self.methods:
                     method.on_rebuilt(self.context)
         return str(path), loaded.extra["client"]
-
-
-def _resolve_config(args: Any, config: Any, config_params: Any) -> tuple[Any, Any]:
-    """The configuration and the args object without it (DeepSpeed accepts only one of the two)."""
-    found = config if config is not None else config_params
-    from_args = getattr(args, "deepspeed_config", None)
-    if from_args is not None:
-        if found is not None:
-            raise ConfigError("the configuration is given twice: in args.deepspeed_config and as config=")
-        found, args = from_args, copy.copy(args)
-        args.deepspeed_config = None
-    if found is None:
-        raise ConfigError("no configuration: pass config= (path or dict) or --deepspeed_config")
-    return found, args
-
-
-def _world_size() -> int:
-    return dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def initialize(
-    args: Any = None,
-    model: nn.Module | None = None,
-    optimizer: Any = None,
-    model_parameters: Any = None,
-    training_data: Any = None,
-    lr_scheduler: Any = None,
-    distributed_port: int = 29500,
-    mpu: Any = None,
-    dist_init_required: bool | None = None,
-    collate_fn: Callable | None = None,
-    config: Any = None,
-    mesh_param: Any = None,
-    config_params: Any = None,
-    *,
-    schedule: Schedule | None = None,
-    methods: Sequence[Method] | None = None,
-    owns_batch: bool = False,
-    record: Callable[..., None] | None = None,
-    rebuildable: bool = False,
-) -> tuple[EfficientEngine, Any, Any, Any]:
-    """``deepspeed.initialize`` with the ``"efftrain"`` section of the configuration carried out.
-
-    Takes DeepSpeed's arguments and returns its four values, the engine being an `EfficientEngine`. DeepSpeed never
-    sees our section. The keyword-only arguments are for a trainer that plans by itself.
-
-    Args:
-        schedule: stages made beforehand; None plans from ``efftrain.run.steps`` (or epochs and samples).
-        methods: instances made beforehand, in run order.
-        owns_batch: let stages set DeepSpeed's micro-batch and accumulation.
-        record: journal function.
-        rebuildable: keep what `EfficientEngine.rebuild` needs, also where no method changes parameters.
-
-    Raises:
-        ConfigError: the configuration is wrong. Nothing was started.
-        PlanError: the plan cannot run.
-        ModelError: a method cannot take this model.
-    """
-    if model is None:
-        raise ConfigError("initialize: a model is required")
-    found, args = _resolve_config(args, config, config_params)
-    loaded = found if isinstance(found, LoadedConfig) else load_config(found, world=_world_size())
-    chosen = list(methods) if methods is not None else build_methods(loaded)
-    if schedule is None and chosen:
-        schedule = embedded_schedule(loaded, chosen, model, world=_world_size())
-    changes = rebuildable or any(m.changes_parameters for m in chosen)
-    if changes:
-        _check_rebuildable(optimizer, lr_scheduler, mpu)
-        original = make_blueprint(model)
-        groups = GroupPlan.of(model, model_parameters)
-    for method in chosen:
-        model = method.prepare_model(model)
-    common = {
-        "args": args,
-        "optimizer": optimizer,
-        "lr_scheduler": lr_scheduler,
-        "distributed_port": distributed_port,
-        "mpu": mpu,
-        "dist_init_required": dist_init_required,
-        "collate_fn": collate_fn,
-        "mesh_param": mesh_param,
-    }
-    rebuilder = None
-    if changes:
-        groups = groups.first(model)
-        model_parameters = groups.for_optimizer(model)
-
-        def create(module: nn.Module, parameters: list[dict[str, Any]]) -> Any:
-            return deepspeed.initialize(
-                model=module, model_parameters=parameters, config=copy.deepcopy(loaded.deepspeed), **common
-            )[0]
-
-        seed, keep_old = loaded.efftrain.run.seed, loaded.efftrain.run.keep_old_state
-        rebuilder = Rebuilder(make_blueprint(model), groups, create, seed=seed, keep_old=keep_old)
-    engine, ds_optimizer, loader, scheduler = deepspeed.initialize(
-        model=model,
-        model_parameters=model_parameters,
-        training_data=training_data,
-        config=copy.deepcopy(loaded.deepspeed) if changes else loaded.deepspeed,
-        **common,
-    )
-    proxy = _attach(engine, loaded, chosen, schedule, owns_batch, record, rebuilder, original if changes else None)
-    if changes:  # these objects are replaced with the engine
-        ds_optimizer = Current(proxy, "optimizer")
-        scheduler = Current(proxy, "lr_scheduler") if scheduler is not None else None
-    return proxy, ds_optimizer, loader, scheduler
-
-
-class Current:
-    """The optimizer or scheduler of the current DeepSpeedEngine; attributes are read from, and written to, it."""
-
-    def __init__(self, proxy: EfficientEngine, name: str):
-        self.__dict__.update(_proxy=proxy, _name=name)
-
-    def _now(self) -> Any:
-        return getattr(self.__dict__["_proxy"].deepspeed_engine, self.__dict__["_name"])
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return getattr(self._now(), name)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        setattr(self._now(), name, value)
-
-
-def _check_rebuildable(optimizer: Any, lr_scheduler: Any, mpu: Any) -> None:
-    """Refuse objects that are bound to the first engine, where engines will be replaced.
-
-    Raises:
-        ConfigError: with what to pass instead.
-    """
-    for name, value in (("optimizer", optimizer), ("lr_scheduler", lr_scheduler)):
-        if value is not None and (isinstance(value, torch.optim.Optimizer) or not callable(value)):
-            raise ConfigError(
-                f"initialize: {name} is an object, but parameters change during this run and it must be made anew; "
-                f"pass a function that makes it, or the {'optimizer' if name == 'optimizer' else 'scheduler'} section "
-                "of the configuration"
-            )
-    if mpu is not None:
-        raise ConfigError("initialize: mpu (tensor or pipeline parallelism) is not supported where parameters change")
-
-
-def wrap(engine: Any, config: Any = None) -> EfficientEngine:
-    """Give an existing DeepSpeedEngine the methods of `config` (those that do not change parameters).
-
-    Args:
-        engine: a DeepSpeedEngine before its first step.
-        config: path or dictionary with an ``"efftrain"`` section; None means no method.
-
-    Raises:
-        ConfigError: the configuration is wrong, or a method would change parameters.
-        ModelError: a method cannot take this model, or would replace it.
-    """
-    document = copy.deepcopy(config) if isinstance(config, dict) else config
-    loaded = load_config(document if document is not None else {})
-    chosen = build_methods(loaded)
-    refused = [m.name for m in chosen if m.changes_parameters]
-    if refused:
-        raise ConfigError(f"wrap: {', '.join(refused)} changes parameters; use efftrain_ds.initialize instead")
-    batch = (engine.train_batch_size(), engine.train_micro_batch_size_per_gpu())
-    schedule = embedded_schedule(loaded, chosen, engine.module, world=_world_size(), batch=batch) if chosen else None
-    for method in chosen:
-        if method.prepare_model(engine.module) is not engine.module:
-            raise ConfigError(f"wrap: {method.name} replaces the model; use efftrain_ds.initialize instead")
-    return _attach(engine, loaded, chosen, schedule, False, None)
-
-
-def _attach(
-    engine: Any,
-    loaded: LoadedConfig,
-    methods: list[Method],
-    schedule: Schedule | None,
-    owns_batch: bool,
-    record: Callable[..., None] | None,
-    rebuilder: Rebuilder | None = None,
-    original: nn.Module | None = None,
-) -> EfficientEngine:
-    average = loaded.efftrain.model.ema
-    ema = None
-    if methods or average is not None:
-        access.check_version()
-    if average is not None:
-        ema = ShardedEma(access.layout_of(engine), average.decay, average.warmup)
-    return EfficientEngine(
-        engine,
-        methods=methods,
-        schedule=schedule,
-        seed=loaded.efftrain.run.seed,
-        ema=ema,
-        owns_batch=owns_batch,
-        record=record,
-        rebuilder=rebuilder,
-        original=original,
-    )

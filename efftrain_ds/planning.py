@@ -15,6 +15,7 @@ from .config.deepspeed_keys import batch_sizes
 from .config.loader import LoadedConfig, build_methods
 from .core.errors import ModelError, PlanError
 from .core.method import Method
+from .core.registry import get_method
 from .core.text import short_settings
 from .core.timeline import PlanSpec, Schedule, Stage, Timeline, merge_timelines
 from .cost.macs import VitShape, module_macs, parameter_count, vit_shape
@@ -103,6 +104,18 @@ class _ModelCost:
 
         model = self.config.efftrain.model
         return model_stride(model.name, model.kwargs)
+
+    @property
+    def depth(self) -> int:
+        """Blocks of the full model; 0 where its depth cannot change."""
+        if self.shape is not None:
+            return self.shape.depth
+        from .models.stacks import full_depth, prepare_growth
+
+        try:
+            return full_depth(prepare_growth(copy.deepcopy(self.module())))
+        except ModelError:
+            return 0
 
     @property
     def classes(self) -> int:
@@ -226,8 +239,12 @@ def plan_spec(
     if section.run.epochs is None and section.run.steps is None:
         raise PlanError('efftrain.run: give "epochs" or "steps"')
     sizes = batch_sizes(config.deepspeed, world)
-    if stride is None:
-        stride = _ModelCost(config, num_classes).stride if section.model.name else 1
+    data, depth = section.data, 0
+    if section.model.name:
+        cost = _ModelCost(config, num_classes)
+        stride = cost.stride if stride is None else stride
+        # only methods that change it need it, and a model without a closed form must be built to tell
+        depth = cost.depth if any(get_method(name).changes_parameters for name in config.methods) else 0
     return PlanSpec(
         seed=section.run.seed,
         epochs=section.run.epochs or 0.0,
@@ -236,9 +253,13 @@ def plan_spec(
         micro_batch=sizes.micro_batch,
         world=world,
         resolution=section.data.resolution,
-        stride=stride,
+        stride=stride or 1,
         steps=section.run.steps,
         model=section.model.name,
+        depth=depth,
+        drop_path=section.model.drop_path,
+        magnitude=data.randaugment.magnitude if data.randaugment is not None else None,
+        erasing=data.erasing,
     )
 
 

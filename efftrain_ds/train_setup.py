@@ -31,7 +31,8 @@ from .data.augment import DeviceAugment
 from .data.evaluation import EvalLoader
 from .data.loader import TicketSpec, TrainLoader
 from .data.manifest import Manifest, load_manifest
-from .engine import EfficientEngine, initialize
+from .engine import EfficientEngine
+from .startup import initialize
 from .lr_schedule import ProgressLR
 from .models.adapters import create_model, no_weight_decay_groups
 from .planning import make_plan, precision_of, zero_stage_of
@@ -55,7 +56,6 @@ class Run:
     plan: PricedPlan
     schedule: Schedule
     engine: EfficientEngine
-    scheduler: ProgressLR | None
     augment: DeviceAugment
     train_manifest: Manifest
     val_manifest: Manifest | None
@@ -64,6 +64,7 @@ class Run:
     num_classes: int
     precision: str
     probe_batches: Callable[[int], list[Batch]]
+    throughput: Throughput | None = None
 
 
 def start_processes(config: LoadedConfig) -> tuple[int, int, torch.device]:
@@ -149,13 +150,8 @@ def build(config: LoadedConfig, output: Path, record: Any, *, measure_steps: int
     val_manifest = load_manifest(bundled.resolve(section.data.val)) if section.data.val is not None else None
     num_classes = section.model.num_classes or len(train_manifest.classes)
     methods = build_methods(config)
-    plan = make_plan(
-        config,
-        world=world,
-        samples=train_manifest.samples,
-        throughput=_profile(output / "throughput.json", config, world),
-        methods=methods,
-    )
+    profile = _profile(output / "throughput.json", config, world)
+    plan = make_plan(config, world=world, samples=train_manifest.samples, throughput=profile, methods=methods)
     if measure_steps is not None:
         plan = shortened(plan, measure_steps)
     schedule = plan.schedule
@@ -169,12 +165,11 @@ def build(config: LoadedConfig, output: Path, record: Any, *, measure_steps: int
         pretrained=section.model.pretrained,
         **section.model.kwargs,
     )
-    scheduler_box: list[ProgressLR] = []
     decay = (config.deepspeed.get("optimizer") or {}).get("params", {}).get("weight_decay", 0.0)
     engine, *_ = initialize(
         model=model,
         model_parameters=no_weight_decay_groups(model, decay),
-        lr_scheduler=None if "scheduler" in config.deepspeed else _scheduler_factory(config, schedule, scheduler_box),
+        lr_scheduler=None if "scheduler" in config.deepspeed else _scheduler_factory(config, schedule),
         config=config,
         schedule=schedule,
         methods=methods,
@@ -197,7 +192,6 @@ def build(config: LoadedConfig, output: Path, record: Any, *, measure_steps: int
         plan,
         schedule,
         engine,
-        scheduler_box[0] if scheduler_box else None,
         augment,
         train_manifest,
         val_manifest,
@@ -206,10 +200,11 @@ def build(config: LoadedConfig, output: Path, record: Any, *, measure_steps: int
         num_classes,
         precision,
         probe_source(config, train_manifest, rank, world, schedule.spec.micro_batch, num_classes),
+        profile,
     )
 
 
-def _scheduler_factory(config: LoadedConfig, schedule: Schedule, box: list[ProgressLR]) -> Any:
+def _scheduler_factory(config: LoadedConfig, schedule: Schedule) -> Any:
     optim = config.efftrain.optim
     spec = schedule.spec
     per_epoch = spec.samples / spec.batch if spec.samples else schedule.total_steps
@@ -218,8 +213,7 @@ def _scheduler_factory(config: LoadedConfig, schedule: Schedule, box: list[Progr
     warmup = parse_duration(optim.warmup).value / 100 if unit == "%" else schedule.progress(steps)
 
     def make(optimizer: Any) -> ProgressLR:
-        box.append(ProgressLR(optimizer, schedule, warmup=warmup, min_lr=optim.min_lr, shape=optim.schedule))
-        return box[0]
+        return ProgressLR(optimizer, schedule, warmup=warmup, min_lr=optim.min_lr, shape=optim.schedule)
 
     return make
 

@@ -35,11 +35,14 @@ from .observe.journal import Journal
 from .observe.meters import Chrono, StepMeter
 from .observe.pictures import batch_picture, save_png, zoomed
 from .observe.tensorboard import TensorBoard
-from .planning import measured_throughput, outcomes, time_left
+from .planning import make_plan, measured_throughput, outcomes, time_left
 from .train_eval import evaluate
 from .train_setup import build, memory_bytes, schedule_digest
 
 logger = logging.getLogger(__name__)
+
+_SHOWN = ("rebuild", "growth", "growth_search", "unfreeze_search")
+"""Events of the journal that TensorBoard shows as text."""
 
 
 class Trainer:
@@ -72,6 +75,8 @@ class Trainer:
         self._last_save = time.monotonic()
         self._picture: Batch | None = None
         self._old_stage: Stage | None = None
+        self.engine.context.say = self.console.write
+        self.engine.context.probe_batches = self._probe_batches
 
     # -- the run -----------------------------------------------------------------------------------------------
 
@@ -105,10 +110,12 @@ class Trainer:
     def _train_step(self, batches: Iterator[Batch]) -> None:
         run, engine = self.run_parts, self.engine
         step = engine.step_index
+        set_step = getattr(engine.lr_scheduler, "set_step", None)  # ours; a rebuild replaces it
+        if set_step is not None:
+            set_step(step)
+        with self.chrono.during("growth" if self.schedule.stage_at(step) is not engine.context.stage else "train"):
+            engine.begin_step()
         self.meter.begin()
-        if run.scheduler is not None:
-            run.scheduler.set_step(step)
-        engine.begin_step()
         stage = engine.context.stage
         assert stage is not None
         self._announce(stage)
@@ -122,7 +129,7 @@ class Trainer:
                 shown = batch.images[:6].clone() if picture_due and index == 0 else None
                 batch = run.augment.before(batch, magnitude)
                 batch = engine.prepare_batch(batch)
-                batch = run.augment.after(batch, step, index)
+                batch = run.augment.after(batch, step, index, stage.settings.get("erasing"))
                 logits = engine(batch.images)
                 loss = engine.loss(logits.float(), batch, lambda out, b: self._loss(out, b, denominator))
                 engine.backward(loss)
@@ -273,8 +280,17 @@ class Trainer:
     # -- what is shown -----------------------------------------------------------------------------------------
 
     def _record(self, event: str, step: int | None = None, **data: Any) -> None:
+        at = self.engine.step_index if step is None else step
         if self.journal is not None:
-            self.journal.write(event, step=self.engine.step_index if step is None else step, **data)
+            self.journal.write(event, step=at, **data)
+        if event == "rebuild":
+            before, after = data["parameters"]
+            counts = f"{before / 1e6:.3g} M -> {after / 1e6:.3g} M trainable parameters" if before != after else "parameters"
+            self.console.write(f"rebuild  {data['reason']}: {counts} in {data['seconds']:.2f} s")
+        if self.board is not None and event in _SHOWN:
+            self.board.text(event, json.dumps(data, indent=1, default=str), at)
+            if event == "rebuild":
+                self.board.scalars({"rebuild/seconds": data["seconds"], "rebuild/parameters": data["parameters"][1]}, at)
 
     def _open_logs(self, resumed: str | None) -> None:
         run, enabled = self.run_parts, self.run_parts.rank == 0 and not self.measuring
@@ -330,9 +346,32 @@ class Trainer:
     def _label(self, stage: Stage) -> str:
         return " ".join(word for word in (m.describe(stage) for m in self.engine.methods) if word)
 
-    def _announce(self, stage: Stage) -> None:
-        if stage is self._old_stage:
+    def _probe_batches(self, samples: int) -> list[Batch]:
+        """Fixed training samples for methods that measure, see `core.context.Context`."""
+        augment = self.run_parts.augment
+        batches = self.run_parts.probe_batches(samples)
+        for batch in batches:
+            batch.mean, batch.std = augment.mean, augment.std
+        return batches
+
+    def _replan(self) -> None:
+        """Price the plan anew: a method may have chosen what earlier was only assumed."""
+        if self.measuring or not any(m.alternatives(self.schedule.spec) or m.architecture() for m in self.engine.methods):
             return
+        self.plan = make_plan(
+            self.config,
+            world=self.run_parts.world,
+            samples=self.run_parts.train_manifest.samples,
+            throughput=self.run_parts.throughput,
+            methods=self.engine.methods,
+        )
+
+    def _announce(self, stage: Stage) -> None:
+        stage = self.plan.schedule.stages[stage.index]
+        if self._old_stage is not None and stage.index == self._old_stage.index:
+            return
+        self._replan()
+        stage = self.plan.schedule.stages[stage.index]
         if not self.measuring and len(self.schedule.stages) > 1:
             why = f"{100 * stage.p_start:.0f}% of the budget spent"
             self.console.write(

@@ -32,6 +32,10 @@ class PlanSpec:
         stride: the model's total stride in pixels; resolutions must be multiples of it.
         steps: total optimizer steps where the user's own loop fixes them, else None.
         model: registered model name ("" when unknown).
+        depth: blocks of the full model (0 where it is not known or not a model of equal blocks).
+        drop_path: configured stochastic depth rate of the last block.
+        magnitude: configured RandAugment magnitude; None where RandAugment is off or the user's loop augments.
+        erasing: configured probability of random erasing; None where the user's loop augments.
     """
 
     seed: int
@@ -44,6 +48,10 @@ class PlanSpec:
     stride: int
     steps: int | None = None
     model: str = ""
+    depth: int = 0
+    drop_path: float = 0.0
+    magnitude: float | None = None
+    erasing: float | None = None
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,10 @@ from __future__ import annotations
 import importlib
 import importlib.util
 
-BUILTIN_MODULES: tuple[str, ...] = ("efftrain_ds.methods.efficienttrain.method",)
+BUILTIN_MODULES: tuple[str, ...] = (
+    "efftrain_ds.methods.efficienttrain.method",
+    "efftrain_ds.methods.autoprog.method",
+)
 """Modules that register a method when they are imported; names only, so that none is loaded too early."""
 
 

@@ -108,8 +108,8 @@ def model_stride(model_or_name: nn.Module | str, kwargs: Mapping[str, Any] | Non
 def accepts_sizes(model: nn.Module) -> tuple[bool, str]:
     """Whether the model takes images of several sizes without a change of its parameters, and why (not).
 
-    A ViT does when it was built with ``dynamic_img_size=True``, VOLO after `volo.accept_sizes`, convolutional and pooling models do always. A module
-    of unknown origin is trusted.
+    A ViT does when it was built with ``dynamic_img_size=True``, VOLO after `volo.accept_sizes`, convolutional and
+    pooling models do always. A module of unknown origin is trusted.
     """
     for module in model.modules():
         if not hasattr(module, "forward_features") and _origin(module)[0] != "torchvision":

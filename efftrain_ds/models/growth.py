@@ -302,7 +302,7 @@ def _fresh_block(model: nn.Module, template: nn.Module, name: str, seed: int) ->
             f'{getattr(model, "fix_init", False)}; allowed: "", "jax", "jax_nlhb" without fix_init'
         )
     for path, module in template.named_modules():
-        for part, value in module.named_parameters(recurse=False):
+        for part, _ in module.named_parameters(recurse=False):
             full = ".".join(filter(None, (name, path, part)))
             found[full] = fresh(_seeded(_rule(module, path, part, full, bool(mode)), seed, full))
     return found

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections import OrderedDict
 from typing import Any
 
 import torch
@@ -93,26 +92,35 @@ def _shape(parameter: nn.Parameter) -> torch.Size:
     return getattr(parameter, "ds_shape", parameter.shape)
 
 
-def carry_hooks(old: nn.Module, new: nn.Module) -> int:
-    """Put hooks that the user registered on `old` during the run on the modules of the same name in `new`.
+Hooks = list[tuple[str, str, int, Any, tuple[str, ...]]]
+"""(module name, kind, key, hook, flags)."""
 
-    Hooks of DeepSpeed are left behind; those that the blueprint had are on `new` already. Returns the number of hooks
-    carried. A handle kept from the registration does not remove the hook from the new module.
-    """
-    targets = dict(new.named_modules())
-    carried = 0
-    for name, module in old.named_modules():
-        target = targets.get(name)
-        if target is None:
-            continue
+
+def hooks_of(module: nn.Module) -> Hooks:
+    """Hooks on a module tree that are not DeepSpeed's, without a reference to the tree itself."""
+    found: Hooks = []
+    for name, owner in module.named_modules():
         for kind in _HOOKS:
-            hooks: OrderedDict = getattr(target, kind)
-            for key, hook in getattr(module, kind).items():
-                if key in hooks or (getattr(hook, "__module__", "") or "").startswith("deepspeed"):
-                    continue
-                hooks[key] = hook
-                carried += 1
-                for flags in (f"{kind}_with_kwargs", f"{kind}_always_called"):
-                    if key in getattr(module, flags, ()):
-                        getattr(target, flags)[key] = True
+            for key, hook in getattr(owner, kind).items():
+                if not (getattr(hook, "__module__", "") or "").startswith("deepspeed"):
+                    flags = (f"{kind}_with_kwargs", f"{kind}_always_called")
+                    found.append((name, kind, key, hook, tuple(f for f in flags if key in getattr(owner, f, ()))))
+    return found
+
+
+def put_hooks(hooks: Hooks, module: nn.Module) -> int:
+    """Put hooks that the user registered during the run on the modules of the same names in a new tree.
+
+    Hooks that the blueprint had are there already. Returns the number of hooks put. A handle kept from the
+    registration does not remove the hook from the new module.
+    """
+    targets = dict(module.named_modules())
+    carried = 0
+    for name, kind, key, hook, flags in hooks:
+        if name not in targets or key in getattr(targets[name], kind):
+            continue
+        getattr(targets[name], kind)[key] = hook
+        for flag in flags:
+            getattr(targets[name], flag)[key] = True
+        carried += 1
     return carried

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from .request import ParameterMap
 
-BUCKET_ELEMENTS = 1 << 24
-"""Elements moved by one all-to-all (64 MiB of fp32)."""
+BUCKET_ELEMENTS = 1 << 22
+"""Elements moved by one all-to-all (16 MiB of fp32), unless one tensor is larger."""
 
 Stretch = tuple[str, int, int]
 """(name, first element of the flattened tensor, number of elements)."""

@@ -8,11 +8,12 @@ fragments to the new ones. Until the new engine stands the old state is kept, an
 from __future__ import annotations
 
 import gc
+import hashlib
 import logging
 import random
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -23,11 +24,11 @@ from torch import Tensor, nn
 from ..core.errors import EffTrainError, RebuildError
 from ..core.rng import torch_rng
 from . import access
-from .blueprint import carry_hooks, copy_blueprint, materialise
+from .blueprint import copy_blueprint, digest, hooks_of, materialise, put_hooks
 from .ema import ShardedEma
 from .exchange import Exchange, Held, Table, rank, world_size
 from .groups import GroupPlan
-from .request import ParameterMap, RebuildRequest
+from .request import DrawnAs, ParameterMap, RebuildRequest
 
 logger = logging.getLogger(__name__)
 
@@ -115,6 +116,39 @@ def agree(problem: str | None, what: str) -> None:
         raise RebuildError(f"{what}{ranks}: " + "; ".join(texts))
 
 
+def agree_equal(value: str, what: str) -> None:
+    """Raise on all ranks where `value` differs between them. Collective.
+
+    Raises:
+        RebuildError: it differs.
+    """
+    values: list[Any] = [value]
+    if world_size() > 1:
+        values = [None] * world_size()
+        dist.all_gather_object(values, value)
+    if len(set(values)) > 1:
+        other = next(i for i, v in enumerate(values) if v != values[0])
+        raise RebuildError(f"{what}: rank {other} asks for another change than rank 0; all ranks must ask for the same")
+
+
+def _identity(plan: RebuildPlan | None) -> str:
+    """What all ranks must agree on: architecture, groups, and where every value comes from."""
+    assert plan is not None
+    request = plan.request
+    rows: list[Any] = [digest(plan.blueprint), plan.groups.to_plain(), sorted(request.drops)]
+    rows += [request.values, request.reset, plan.step]
+    for name, target in request.maps.items():
+        rows.append([name, target.init is not None, target.moments])
+        for piece in target.pieces:
+            indices = [[sorted((d, [int(i) for i in v]) for d, v in side.items())] for side in (piece.take, piece.put)]
+            rows.append([piece.source, indices, sorted(piece.scale.items())])
+    return hashlib.sha256(repr(rows).encode()).hexdigest()
+
+
+def _text(error: Exception) -> str:
+    return str(error) if isinstance(error, EffTrainError) else f"{type(error).__name__}: {error}"
+
+
 class Rebuilder:
     """Owns the blueprint and the groups of a run and replaces its DeepSpeedEngine.
 
@@ -148,9 +182,11 @@ class Rebuilder:
         problem = None
         try:
             found = self._plan(engine, request, step, ema)
-        except (EffTrainError, ValueError, KeyError, IndexError) as error:
-            problem = str(error) if isinstance(error, EffTrainError) else f"{type(error).__name__}: {error}"
-        agree(problem, f"rebuild ({request.reason or 'no reason given'})")
+        except Exception as error:  # whatever a surgery raises on one rank, the others must hear of it
+            problem = _text(error)
+        what = f"rebuild ({request.reason or 'no reason given'})"
+        agree(problem, what)
+        agree_equal(_identity(found), what)
         assert found is not None
         return found
 
@@ -176,6 +212,9 @@ class Rebuilder:
         old_shapes = {name: access.full_shape(p) for name, p in engine.module.named_parameters()}
         buffers = {name: b.shape for name, b in blueprint.named_buffers()}
         old_buffers = {name: b.shape for name, b in engine.module.named_buffers()}
+        if request.composed:
+            known = {*shapes, *buffers}
+            request = replace(request, maps={name: m for name, m in request.maps.items() if name in known})
         _check_maps(request, {**shapes, **buffers}, {**old_shapes, **old_buffers})
         groups = self._groups_after(request, blueprint, step)
         trainable = [name for name, p in blueprint.named_parameters() if p.requires_grad]
@@ -201,7 +240,7 @@ class Rebuilder:
             RebuildError: it failed; the previous state is back (with `keep_old`).
         """
         clock = _Clock()
-        old_module = holder.deepspeed_engine.module
+        hooks = hooks_of(holder.deepspeed_engine.module)
         bundle = capture(holder.deepspeed_engine, holder.ema)
         before = sum(bundle.shapes[name].numel() for name in bundle.trainable)
         clock.part("plan")
@@ -215,13 +254,13 @@ class Rebuilder:
             self._restore(holder, bundle, plan, clock)
         except Exception as error:
             # a collective that failed on one rank only cannot be mended; every failure that all ranks know of is
-            problem = str(error) if isinstance(error, EffTrainError) else f"{type(error).__name__}: {error}"
+            problem = _text(error)
             if not self.keep_old:
                 raise RebuildError(f"{problem}; the old state was given up (keep_old is false)") from error
             self._roll_back(holder, bundle, old_blueprint, old_groups, skeleton)
-            carry_hooks(old_module, holder.deepspeed_engine.module)
+            put_hooks(hooks, holder.deepspeed_engine.module)
             raise RebuildError(f"{problem}; the state before the rebuild is restored") from error
-        carry_hooks(old_module, holder.deepspeed_engine.module)
+        put_hooks(hooks, holder.deepspeed_engine.module)
         self.blueprint, self.groups = plan.blueprint, plan.groups
         after = sum(plan.shapes[name].numel() for name in plan.trainable)
         return Report(plan.request.reason, clock.total, clock.parts, (before, after))
@@ -327,6 +366,7 @@ class Rebuilder:
             # a parameter that was frozen until now has no average: its weight is one
             sources = [*bundle.held["ema"], *(h for h in bundle.held["fp32"] if h.name not in bundle.trainable)]
             exchange.move("ema", sources, targets, names=trainable, present=old_names, initial=drawn)
+            del sources
             average = ShardedEma(layout, decay, warmup, shadow=shadow)
             average.updates = updates
             holder.ema = average
@@ -374,9 +414,11 @@ class Rebuilder:
         target = plan.request.maps.get(name)
         source = name if target is None else (target.pieces[0].source if target.pieces else None)
         carried = target is None or target.moments
+        # a parameter that never had a gradient has no count where each has its own
+        known = {key: 0.0 for scalars in bundle.scalars.values() for key in scalars}
         if source in bundle.scalars and carried and not plan.request.reset:
-            return bundle.scalars[source]
-        return {key: 0.0 for scalars in bundle.scalars.values() for key in scalars}
+            return {**known, **bundle.scalars[source]}
+        return known
 
     def _continue(self, engine: Any, layout: access.Layout, bundle: Bundle, plan: RebuildPlan) -> None:
         """Counters, scaler, scheduler, group hyper-parameters, mode and RNG, in this order."""
@@ -389,7 +431,8 @@ class Rebuilder:
         order = list(bundle.hypers)
         if engine.lr_scheduler is not None and bundle.scheduler is not None:
             rows = [order.index(o) if o in bundle.hypers else 0 for o in origins]
-            engine.lr_scheduler.load_state_dict(_regrouped(bundle.scheduler, len(order), rows))
+            scheduler = engine.lr_scheduler
+            scheduler.load_state_dict(_regrouped(bundle.scheduler, scheduler.state_dict(), len(order), rows))
         for group in layout.base.param_groups:
             label = group["name"]
             origin = label if label in bundle.hypers else parents[label]
@@ -482,7 +525,8 @@ class _Initial:
         init = self.maps[name].init
         if init is None:
             return None
-        return init(self.shapes[name], torch_rng("cpu", self.seed, "rebuild", self.step, name)).float()
+        drawn_as = init.name if isinstance(init, DrawnAs) else name
+        return init(self.shapes[name], torch_rng("cpu", self.seed, "rebuild", self.step, drawn_as)).float()
 
 
 def _check_maps(
@@ -541,13 +585,23 @@ def _restore_buffers(module: nn.Module, old: Mapping[str, Tensor], maps: Mapping
             buffer.copy_(old[source])
 
 
-def _regrouped(state: Any, old_count: int, rows: Sequence[int]) -> Any:
-    """A scheduler's state with one entry a group in every list that had one a group."""
-    if isinstance(state, dict):
-        return {key: _regrouped(value, old_count, rows) for key, value in state.items()}
-    if isinstance(state, list) and len(state) == old_count and all(isinstance(v, (int, float)) for v in state):
-        return [state[row] for row in rows]
-    return state
+def _regrouped(state: Any, fresh: Any, old_count: int, rows: Sequence[int]) -> Any:
+    """A scheduler's state with one entry a group in every list that had one a group.
+
+    Args:
+        state: of the old scheduler.
+        fresh: of the new scheduler, before anything is loaded; tells lists that go by group from others (milestones).
+        old_count: parameter groups before.
+        rows: for each new group the old group that it takes over.
+    """
+    if isinstance(state, dict) and isinstance(fresh, dict):
+        return {key: _regrouped(value, fresh.get(key), old_count, rows) for key, value in state.items()}
+    if not isinstance(state, list) or not isinstance(fresh, list):
+        return state
+    if any(isinstance(value, dict) for value in state) and len(state) == len(fresh):  # schedulers in a scheduler
+        return [_regrouped(value, new, old_count, rows) for value, new in zip(state, fresh, strict=True)]
+    by_group = len(state) == old_count and len(fresh) == len(rows) and state != fresh
+    return [state[row] for row in rows] if by_group else state
 
 
 def _rng_state() -> dict[str, Any]:

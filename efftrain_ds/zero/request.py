@@ -13,6 +13,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from ..core.errors import RebuildError
+
 Init = Callable[[torch.Size, torch.Generator], Tensor]
 """Makes initial values: (shape, generator) -> fp32 tensor on the host."""
 
@@ -90,6 +92,8 @@ class RebuildRequest:
         values: "ema" takes all new values from the average of the weights instead of the weights (MoGrow).
         reset: True starts the whole optimizer state at zero and its step count at 0.
         reason: a few words for screen and journal, e.g. "depth 6 -> 8".
+        composed: made by `compose_requests`: maps of names that the second request did away with are left in, because
+            only the new module can tell them from names that stay.
     """
 
     surgery: Callable[[nn.Module], nn.Module] = _unchanged
@@ -98,6 +102,7 @@ class RebuildRequest:
     values: Literal["online", "ema"] = "online"
     reset: bool = False
     reason: str = ""
+    composed: bool = False
 
     def table(self) -> list[str]:
         """The map in words, one line a tensor, e.g. ``"blocks.3.norm1.weight <- blocks.2.norm1.weight"``."""
@@ -122,40 +127,92 @@ def _piece_text(piece: Piece) -> str:
     return text
 
 
+@dataclass(frozen=True)
+class DrawnAs:
+    """Initial values that are drawn under another tensor's name (a renaming must not change the numbers).
+
+    Attributes:
+        init: makes the values.
+        name: the name that the values were asked for under.
+    """
+
+    init: Init
+    name: str
+
+    def __call__(self, shape: torch.Size, generator: torch.Generator) -> Tensor:
+        """The initial values."""
+        return self.init(shape, generator)
+
+
 def compose_requests(first: RebuildRequest, second: RebuildRequest) -> RebuildRequest:
-    """One request that does what `first` and then `second` do.
+    """One request that does what `first` and then `second` do, to the bit.
 
     `second` is written in the names that `first` produces. Index sets of a piece are a product over dimensions, so
-    the composition of two pieces is a piece again, and nothing is lost.
+    the composition of two pieces is a piece again. (Two scales are multiplied first, which rounds differently from
+    applying them in turn unless they are powers of two.)
+
+    Raises:
+        RebuildError: `second` mixes values of `first` in a way that one map cannot say (see `_composed`).
     """
-    maps: dict[str, ParameterMap] = dict(first.maps)
-    drops = set(first.drops) | set(second.drops)
-    composed: dict[str, ParameterMap] = {}
-    for name, target in second.maps.items():
-        pieces: list[Piece] = []
-        init, moments = target.init, target.moments
-        for outer in target.pieces:
-            inner = maps.get(outer.source, copy(outer.source))
-            moments = moments and inner.moments
-            if inner.init is not None:
-                if not outer.whole:
-                    raise ValueError(
-                        f"{name}: a part of {outer.source}, which an earlier request of this boundary initialises"
-                    )
-                init = inner.init
-            pieces += [p for p in (_through(piece, outer) for piece in inner.pieces) if p is not None]
-        composed[name] = ParameterMap(tuple(pieces), init, moments)
-    taken_again = {p.source for t in composed.values() for p in t.pieces}
-    result = {**{k: v for k, v in maps.items() if k not in second.drops and k not in composed}, **composed}
+    maps = dict(first.maps)
+    composed = {name: _composed(name, target, maps) for name, target in second.maps.items()}
+    drops = set(first.drops)
+    for name in second.drops:
+        drops |= {piece.source for piece in maps[name].pieces} if name in maps else {name}
+    kept = {name: target for name, target in maps.items() if name not in second.drops and name not in composed}
     first_surgery, second_surgery = first.surgery, second.surgery
     return RebuildRequest(
         surgery=lambda model: second_surgery(first_surgery(model)),
-        maps=result,
-        drops=frozenset(drops - taken_again),
+        maps={**kept, **composed},
+        drops=frozenset(drops),
         values="ema" if "ema" in (first.values, second.values) else "online",
         reset=first.reset or second.reset,
         reason="; ".join(r for r in (first.reason, second.reason) if r),
     )
+
+
+def _composed(name: str, target: ParameterMap, maps: Mapping[str, ParameterMap]) -> ParameterMap:
+    """`target` (in the names that `maps` produces) in the names before `maps`.
+
+    Raises:
+        RebuildError: a part of newly initialised values, values that have holes over others, or tensors with and
+            without a history of the optimizer in one.
+    """
+    pieces: list[Piece] = []
+    init = target.init
+    histories: set[bool] = set()
+    for number, outer in enumerate(target.pieces):
+        inner = maps.get(outer.source)
+        if inner is None:
+            pieces.append(outer)
+            histories.add(True)
+            continue
+        histories.add(inner.moments)
+        if inner.init is not None:
+            if not outer.whole or len(target.pieces) > 1:
+                raise RebuildError(
+                    f"{name}: a part of {outer.source}, which an earlier request of this boundary initialises; "
+                    "ask for it at the next boundary"
+                )
+            init = DrawnAs(inner.init, getattr(inner.init, "name", outer.source))
+        elif not inner.pieces or all(piece.put for piece in inner.pieces):
+            # what inner leaves at zero would overwrite what lies under the outer piece
+            if target.init is not None or any(_overlap(outer, other) for other in target.pieces[:number]):
+                raise RebuildError(
+                    f"{name}: {outer.source}, which an earlier request of this boundary assembles, goes over other "
+                    "values; ask for it at the next boundary"
+                )
+        pieces += [piece for piece in (_through(piece, outer) for piece in inner.pieces) if piece is not None]
+    if len(histories) == 2 and target.moments:
+        raise RebuildError(
+            f"{name}: made of tensors with optimizer state and of tensors whose state an earlier request of this "
+            "boundary starts at zero; ask for it at the next boundary"
+        )
+    return ParameterMap(tuple(pieces), init, target.moments and False not in histories)
+
+
+def _overlap(a: Piece, b: Piece) -> bool:
+    return all(set(a.put[dim]) & set(b.put[dim]) for dim in {*a.put} & {*b.put})
 
 
 def _through(inner: Piece, outer: Piece) -> Piece | None:

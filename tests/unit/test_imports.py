@@ -30,8 +30,9 @@ LAYERS = {
     "embedded": 4,
     "lr_schedule": 4,
     "engine": 5,
-    "trainer": 6,  # and every train_*.py beside it
-    "cli": 7,
+    "startup": 6,
+    "trainer": 7,  # and every train_*.py beside it
+    "cli": 8,
 }
 """Layer of each folder and of each module at the top of the package. Imports point to lower numbers only."""
 
@@ -46,7 +47,7 @@ KERNEL_IMPORTS = {"torch", "triton", "numpy"}
 DEEPSPEED_ANYTHING = {"efftrain_ds/zero/access.py"}
 """Files that may import DeepSpeed's submodules and private names."""
 
-DEEPSPEED_PUBLIC_USE = re.compile(r"efftrain_ds/(engine|trainer|train_\w+|checkpoint/store)\.py")
+DEEPSPEED_PUBLIC_USE = re.compile(r"efftrain_ds/(startup|trainer|train_\w+|checkpoint/store)\.py")
 """Files that may ``import deepspeed`` and use its public top-level names and `DEEPSPEED_PUBLIC_MODULES`."""
 
 DEEPSPEED_PUBLIC_MODULES = {"accelerator", "comm"}
@@ -266,19 +267,19 @@ def test_kernel_rule() -> None:
         ("efftrain_ds/zero/access.py", "from deepspeed.runtime.zero import x\ndeepspeed.runtime._y", 0),
         ("efftrain_ds/zero/rebuild.py", "import deepspeed", 1),
         ("efftrain_ds/zero/rebuild.py", "from deepspeed.utils import safe_get_full_fp32_param", 1),
-        ("efftrain_ds/engine.py", "import deepspeed\ndeepspeed.initialize()\ndeepspeed.comm.get_rank()", 0),
-        ("efftrain_ds/engine.py", "import deepspeed.runtime.engine", 1),
-        ("efftrain_ds/engine.py", "import deepspeed\ndeepspeed.runtime.engine", 1),
-        ("efftrain_ds/engine.py", "import deepspeed\ndeepspeed._private()", 1),
-        ("efftrain_ds/engine.py", "from deepspeed import DeepSpeedEngine", 0),
-        ("efftrain_ds/engine.py", "from deepspeed import _private", 1),
-        ("efftrain_ds/engine.py", "from deepspeed.utils import groups", 1),
-        ("efftrain_ds/engine.py", "import deepspeed\ndeepspeed.__version__", 0),
+        ("efftrain_ds/startup.py", "import deepspeed\ndeepspeed.initialize()\ndeepspeed.comm.get_rank()", 0),
+        ("efftrain_ds/startup.py", "import deepspeed.runtime.engine", 1),
+        ("efftrain_ds/startup.py", "import deepspeed\ndeepspeed.runtime.engine", 1),
+        ("efftrain_ds/startup.py", "import deepspeed\ndeepspeed._private()", 1),
+        ("efftrain_ds/startup.py", "from deepspeed import DeepSpeedEngine", 0),
+        ("efftrain_ds/startup.py", "from deepspeed import _private", 1),
+        ("efftrain_ds/startup.py", "from deepspeed.utils import groups", 1),
+        ("efftrain_ds/startup.py", "import deepspeed\ndeepspeed.__version__", 0),
         ("efftrain_ds/train_loop.py", "from deepspeed.accelerator import get_accelerator", 0),
         ("efftrain_ds/methods/svite/method.py", "import deepspeed", 1),
         ("efftrain_ds/cli/plan.py", "def f():\n    import deepspeed", 1),
         ("efftrain_ds/planning.py", "def f(config):\n    return config.deepspeed.get('optimizer').get('x')", 0),
-        ("efftrain_ds/engine.py", "def f():\n    from deepspeed.runtime import x", 1),
+        ("efftrain_ds/startup.py", "def f():\n    from deepspeed.runtime import x", 1),
     ],
 )
 def test_deepspeed_rule(path: str, source: str, count: int) -> None:

@@ -83,6 +83,11 @@ class AutoProgConfig(StrictModel):
                 if getattr(self, key) != type(self).model_fields[key].default:
                     raise ValueError(f'"{key}" belongs to the ramps: leave it out beside "schedule"')
         if self.search is not None:
+            if self.operator in ("random", "stacking"):
+                raise ValueError(
+                    f'"search" grows by copies that can be left out again: "operator" is one of "mogrow", '
+                    f'"interpolation", "identity", found "{self.operator}"'
+                )
             if self.stages == 1:
                 raise ValueError('"search" needs at least 2 stages, the last one is always the full model; found 1')
             if all(start in (None, 1.0) for start in (self.depth_start, self.resolution_start)):
