@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import json
 import os
+import socket
 import statistics
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,13 @@ def environment() -> dict[str, Any]:
         "deepspeed": deepspeed.__version__,
         "date": datetime.date.today().isoformat(),
     }
+
+
+def free_port() -> int:
+    """A free TCP port, so that runs of the launcher do not meet another one."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def spread(values: list[float]) -> dict[str, float]:

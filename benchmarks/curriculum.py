@@ -17,15 +17,23 @@ import tempfile
 import time
 from pathlib import Path
 
-from common import ROOT, spread, store
+from common import ROOT, free_port, spread, store
 
 from efftrain_ds.observe.journal import read_journal
 
 
 def run(config: str, ranks: int, folder: Path, overrides: list[str]) -> dict:
     """One training in processes of its own; returns seconds, accuracy and the evaluations on the way."""
-    command = [str(Path(sys.executable).parent / "deepspeed"), "--num_accelerators", str(ranks), "launch/train.py"]
-    command += ["--ds_config", config, "--set", f"efftrain.run.output={folder}"]
+    command = [str(Path(sys.executable).parent / "deepspeed"), "--num_accelerators", str(ranks)]
+    command += [
+        "--master_port",
+        str(free_port()),
+        "launch/train.py",
+        "--ds_config",
+        config,
+        "--set",
+        f"efftrain.run.output={folder}",
+    ]
     for text in overrides:
         command += ["--set", text]
     start = time.monotonic()

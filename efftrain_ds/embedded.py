@@ -45,7 +45,6 @@ def embedded_schedule(
     if batch is None:
         sizes = batch_sizes(loaded.deepspeed, world)
         batch = (sizes.batch, sizes.micro_batch)
-    section = loaded.efftrain.model
     spec = PlanSpec(
         seed=loaded.efftrain.run.seed,
         epochs=run.epochs or 0.0,
@@ -58,7 +57,7 @@ def embedded_schedule(
         steps=run.steps,
         model=type(model).__name__,
         depth=_depth(model) if any(m.changes_parameters for m in methods) else 0,
-        drop_path=section.drop_path,
+        drop_path=max((float(getattr(m, "drop_prob", None) or 0.0) for m in model.modules()), default=0.0),
     )
     return merge_timelines([method.plan(spec) for method in methods], spec)
 

@@ -127,6 +127,10 @@ def initialize(
         config=copy.deepcopy(loaded.deepspeed) if changes else loaded.deepspeed,
         **common,
     )
+    if changes:  # said now, not at the first growth after hours
+        why = access.unsupported(engine)
+        if why is not None:
+            raise ConfigError(why)
     proxy = _attach(engine, loaded, chosen, schedule, owns_batch, record, rebuilder, original if changes else None)
     proxy.context.probe_batches = probe_batches
     if changes:  # these objects are replaced with the engine

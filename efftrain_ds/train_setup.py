@@ -138,8 +138,22 @@ def _profile(path: Path, config: LoadedConfig, world: int) -> Throughput | None:
     return profile if fits else None
 
 
-def build(config: LoadedConfig, output: Path, record: Any, *, measure_steps: int | None = None) -> Run:
+def build(
+    config: LoadedConfig,
+    output: Path,
+    record: Any,
+    *,
+    measure_steps: int | None = None,
+    cut: Callable[[PricedPlan], PricedPlan] | None = None,
+) -> Run:
     """Build all parts of a run. Collective.
+
+    Args:
+        config: the loaded file.
+        output: folder of the run.
+        record: writes an event to the journal.
+        measure_steps: replace the plan by so many steps of every kind of stage, see `shortened`.
+        cut: otherwise changes the plan.
 
     Raises:
         EffTrainError: whatever is wrong with the configuration, the data or the model; nothing was trained.
@@ -154,6 +168,8 @@ def build(config: LoadedConfig, output: Path, record: Any, *, measure_steps: int
     plan = make_plan(config, world=world, samples=train_manifest.samples, throughput=profile, methods=methods)
     if measure_steps is not None:
         plan = shortened(plan, measure_steps)
+    elif cut is not None:
+        plan = cut(plan)
     schedule = plan.schedule
     torch.manual_seed(derive_seed(section.run.seed, "model"))
     model = create_model(

@@ -6,7 +6,7 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from .core.batch import Batch
 from .core.durations import Duration, parse_duration
 from .core.errors import CheckpointError
 from .core.timeline import Stage
+from .cost.plan import PricedPlan
 from .cost.render import total_lines
 from .data.augment import mixed_cross_entropy
 from .observe.console import (
@@ -51,17 +52,20 @@ class Trainer:
     Args:
         config: the loaded file.
         measure_steps: instead of training, time this many steps of every kind of stage and store the profile.
+        cut: changes the plan before the run is built from it, e.g. `train_search.only_searches`.
 
     Raises:
         EffTrainError: see `train_setup.build`.
     """
 
-    def __init__(self, config: LoadedConfig, *, measure_steps: int | None = None):
+    def __init__(
+        self, config: LoadedConfig, *, measure_steps: int | None = None, cut: Callable[[PricedPlan], PricedPlan] | None = None
+    ):
         self.config = config
         self.measuring = measure_steps is not None
         self.output = Path(config.efftrain.run.output)
         self.journal: Journal | None = None
-        self.run_parts = build(config, self.output, self._record, measure_steps=measure_steps)
+        self.run_parts = build(config, self.output, self._record, measure_steps=measure_steps, cut=cut)
         run = self.run_parts
         self.engine, self.plan, self.schedule = run.engine, run.plan, run.schedule
         self.console = Console(run.rank)
@@ -75,7 +79,7 @@ class Trainer:
         self._last_save = time.monotonic()
         self._picture: Batch | None = None
         self._old_stage: Stage | None = None
-        self.engine.context.say = self.console.write
+        self.engine.context.say = self._say
         self.engine.context.probe_batches = self._probe_batches
 
     # -- the run -----------------------------------------------------------------------------------------------
@@ -345,6 +349,9 @@ class Trainer:
 
     def _label(self, stage: Stage) -> str:
         return " ".join(word for word in (m.describe(stage) for m in self.engine.methods) if word)
+
+    def _say(self, lines: str | list[str]) -> None:
+        self.console.write(lines if isinstance(lines, str) else "\n".join(lines))
 
     def _probe_batches(self, samples: int) -> list[Batch]:
         """Fixed training samples for methods that measure, see `core.context.Context`."""

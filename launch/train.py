@@ -2,6 +2,7 @@
 
 On one machine:    deepspeed launch/train.py --ds_config ds_configs/X.json
 On many nodes:     deepspeed --hostfile hostfile launch/train.py --ds_config ds_configs/X.json
+A search alone:    deepspeed launch/train.py --ds_config ds_configs/X.json --search growth
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import sys
 import traceback
 
 from efftrain_ds.cli.args import add_config_arguments
+from efftrain_ds.cli.search import SEARCHES, add_output_argument
 from efftrain_ds.core.errors import ConfigError, EffTrainError, ModelError, PlanError
 
 
@@ -20,7 +22,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_config_arguments(parser)
     parser.add_argument("--local_rank", type=int, default=-1, help="set by the DeepSpeed launcher")
-    parser.add_argument(
+    mode = parser.add_mutually_exclusive_group()
+    mode.add_argument(
         "--measure",
         type=int,
         nargs="?",
@@ -29,6 +32,13 @@ def main() -> int:
         metavar="STEPS",
         help="time STEPS steps of every kind of stage (default 24), store the profile for the plan, and stop",
     )
+    mode.add_argument(
+        "--search",
+        choices=SEARCHES,
+        default=None,
+        help="run only this search, without the training between its stages, and write what it chose",
+    )
+    add_output_argument(parser, "--search_output")
     arguments = parser.parse_args()
     rank = int(os.environ.get("RANK", "0"))
     world = int(os.environ.get("WORLD_SIZE", "1"))
@@ -36,9 +46,14 @@ def main() -> int:
         from efftrain_ds.config.loader import load_config
 
         config = load_config(arguments.ds_config, overrides=arguments.overrides, world=world)
-        from efftrain_ds.trainer import Trainer
+        if arguments.search is not None:
+            from efftrain_ds.train_search import run_search
 
-        Trainer(config, measure_steps=arguments.measure).run()
+            run_search(config, arguments.search_output)
+        else:
+            from efftrain_ds.trainer import Trainer
+
+            Trainer(config, measure_steps=arguments.measure).run()
     except EffTrainError as error:
         # what is wrong with the input is the same on all ranks: one of them says it
         if rank == 0 or not isinstance(error, (ConfigError, PlanError, ModelError)):

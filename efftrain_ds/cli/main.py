@@ -17,6 +17,7 @@ from ..core.errors import EffTrainError
 VERBS: tuple[tuple[str, str], ...] = (
     ("validate", "check a configuration file and explain what is wrong"),
     ("plan", "show the stages of a run and what they cost, before it starts"),
+    ("search", "run a method's search alone and print what it chose"),
     ("shards", "pack, index and audit shards"),
     ("schema", "write the JSON Schema of the configuration, for editors"),
 )

@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 _SHORT = {"bandwidth": "B", "ra_magnitude": "m", "resolution": "R", "depth": "d"}
-_HIDDEN = frozenset({"drop_path", "erasing"})  # follow from the stage and would only fill the line
+_HIDDEN = frozenset({"drop_path", "erasing", "growth"})  # follow from the stage and would only fill the line
 
 
 def short_settings(settings: Mapping[str, Any], *, leave: Collection[str] = ()) -> str:

@@ -8,6 +8,7 @@ import importlib.util
 BUILTIN_MODULES: tuple[str, ...] = (
     "efftrain_ds.methods.efficienttrain.method",
     "efftrain_ds.methods.autoprog.method",
+    "efftrain_ds.methods.autoprog.unfreeze",
 )
 """Modules that register a method when they are imported; names only, so that none is loaded too early."""
 

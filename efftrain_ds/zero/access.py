@@ -393,7 +393,7 @@ def frozen_fragments(engine: Any) -> tuple[list[tuple[str, int, Tensor]], frozen
     """This rank's part of the parameters that have no master.
 
     Returns:
-        (name, first element, 1-D view of the weight's dtype) of each; names of which every rank holds the whole; shapes.
+        (name, first element, 1-D view of the weight's dtype) of each; names that every rank holds whole; shapes.
     """
     held, replicated, shapes = [], set(), {}
     for name, parameter in frozen_parameters(engine.module):
@@ -441,7 +441,9 @@ def unsupported(engine: Any) -> str | None:
     if getattr(optimizer, "round_robin_gradients", False):
         return "zero_optimization.round_robin_gradients: not supported (its parameter map is wrong)"
     if name in (_UNFUSED, _FUSED) and engine.fp16_enabled():
-        return "fp16 with zero_optimization.stage 0: DeepSpeed does not scale the loss there; use stage 1, 2 or 3, or bf16"
+        return (
+            "fp16 with zero_optimization.stage 0: DeepSpeed does not scale the loss there; use stage 1, 2 or 3, or bf16"
+        )
     checks = {
         "zero_optimization.offload_optimizer.device nvme": _device(zero.offload_optimizer) == "nvme",
         "zero_optimization.offload_param.device nvme": _device(zero.offload_param) == "nvme",

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from .request import ParameterMap
 
-BUCKET_ELEMENTS = 1 << 22
-"""Elements moved by one all-to-all (16 MiB of fp32), unless one tensor is larger."""
+BUCKET_ELEMENTS = 1 << 21
+"""Elements moved by one all-to-all (8 MiB of fp32), unless one tensor is larger."""
 
 Stretch = tuple[str, int, int]
 """(name, first element of the flattened tensor, number of elements)."""
@@ -290,7 +290,7 @@ def mapped_values(
             continue
         values = sources[piece.source]
         for dim, indices in piece.take.items():
-            values = values.index_select(dim, torch.as_tensor(list(indices), device=device))
+            values = values.index_select(dim, _index(indices, device))
         factor = piece.scale.get("fp32" if key == "ema" else key, 1.0)
         if factor != 1.0:
             values = values * factor
@@ -302,6 +302,10 @@ def mapped_values(
             picked = list(piece.put.get(dim, range(size)))
             view = [1] * len(shape)
             view[dim] = len(picked)
-            index.append(torch.as_tensor(picked, device=device).view(view))
+            index.append(_index(picked, device).view(view))
         result[tuple(index)] = values
     return result
+
+
+def _index(indices: Sequence[int], device: torch.device | str) -> Tensor:
+    return torch.as_tensor(list(indices), dtype=torch.long, device=device)  # an empty list would become float

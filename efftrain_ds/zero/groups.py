@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +11,7 @@ from torch import nn
 
 from ..core.errors import ModelError
 
+_NUMBER = re.compile(r"\d+")
 BIRTH = "@"
 """Separates the name of a group from the step at which a part of it was born."""
 
@@ -79,7 +81,8 @@ class GroupPlan:
             source = sources.get(name) or name
             label = old.get(source)
             if label is None or new.get(name):
-                parent = self.home.get(name) or self.home.get(source) or self._parent(old.get(source))
+                parent = self.home.get(name) or self.home.get(source)
+                parent = parent or (self._parent(old[source]) if source in old else self._alike(name))
                 fresh = bool(self.members) and step > 0
                 label = f"{parent}{BIRTH}{step}" if fresh else parent
             members.setdefault(label, []).append(name)
@@ -91,6 +94,11 @@ class GroupPlan:
         if label is None:
             return next(iter(self.hypers))
         return label.split(BIRTH)[0]
+
+    def _alike(self, name: str) -> str:
+        """Group of a tensor without a past: that of the first one of the same name up to numbers, else the first."""
+        pattern = _NUMBER.sub("#", name)
+        return next((g for n, g in self.home.items() if _NUMBER.sub("#", n) == pattern), next(iter(self.hypers)))
 
     def parents(self) -> dict[str, str]:
         """Original group of each group."""

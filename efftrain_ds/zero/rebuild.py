@@ -8,25 +8,24 @@ fragments to the new ones. Until the new engine stands the old state is kept, an
 from __future__ import annotations
 
 import gc
-import hashlib
 import logging
-import random
 import time
+import traceback
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..core.errors import EffTrainError, RebuildError
+from ..core.errors import RebuildError
 from ..core.rng import torch_rng
 from . import access
-from .blueprint import copy_blueprint, digest, hooks_of, materialise, put_hooks
+from .blueprint import copy_blueprint, hooks_of, materialise, put_hooks
+from .bundle import Bundle, capture, held_in, regrouped, restore_buffers, rng_state, set_rng_state
+from .checks import RebuildPlan, agree, agree_equal, check_maps, identity_of, text_of
 from .ema import ShardedEma
-from .exchange import Exchange, Held, Table, rank, world_size
+from .exchange import Exchange, Held, Table, rank
 from .groups import GroupPlan
 from .request import DrawnAs, ParameterMap, RebuildRequest
 
@@ -51,102 +50,6 @@ class Report:
     seconds: float
     parts: Mapping[str, float]
     parameters: tuple[int, int]
-
-
-@dataclass
-class RebuildPlan:
-    """A checked request: nothing has been touched yet."""
-
-    request: RebuildRequest
-    blueprint: nn.Module
-    groups: GroupPlan
-    shapes: dict[str, torch.Size]
-    old_shapes: dict[str, torch.Size]
-    trainable: list[str]
-    step: int
-
-
-@dataclass
-class Bundle:
-    """The state of an engine that is about to be destroyed: views and small values, no copies.
-
-    Attributes:
-        held: this rank's fragments by key ("fp32", state keys, "ema"); "fp32" includes the frozen weights.
-        replicated: names of which every rank holds the whole tensor.
-        shapes: full shapes of all parameters.
-        trainable: names that have a master.
-        scalars: step count and the like by parameter name, of all ranks.
-        hypers: current hyper-parameters by group name.
-        buffers: module buffers by name.
-    """
-
-    held: dict[str, list[Held]]
-    replicated: frozenset[str]
-    shapes: dict[str, torch.Size]
-    trainable: frozenset[str]
-    scalars: dict[str, dict[str, float]]
-    hypers: dict[str, dict[str, Any]]
-    buffers: dict[str, Tensor]
-    carried: dict[str, Any]
-    scheduler: dict[str, Any] | None
-    training: bool
-    average: tuple[float, bool, int] | None
-    rng: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def state_keys(self) -> list[str]:
-        """Keys of the optimizer state."""
-        return [key for key in self.held if key not in ("fp32", "ema")]
-
-
-def agree(problem: str | None, what: str) -> None:
-    """Raise on all ranks if any rank has a problem. Collective.
-
-    Raises:
-        RebuildError: with every rank's text.
-    """
-    problems: list[Any] = [problem]
-    if world_size() > 1:
-        problems = [None] * world_size()
-        dist.all_gather_object(problems, problem)
-    texts = sorted({text for text in problems if text})
-    if texts:
-        where = [str(i) for i, text in enumerate(problems) if text]
-        ranks = "" if len(where) == len(problems) else f" (rank {', '.join(where)} of {len(problems)})"
-        raise RebuildError(f"{what}{ranks}: " + "; ".join(texts))
-
-
-def agree_equal(value: str, what: str) -> None:
-    """Raise on all ranks where `value` differs between them. Collective.
-
-    Raises:
-        RebuildError: it differs.
-    """
-    values: list[Any] = [value]
-    if world_size() > 1:
-        values = [None] * world_size()
-        dist.all_gather_object(values, value)
-    if len(set(values)) > 1:
-        other = next(i for i, v in enumerate(values) if v != values[0])
-        raise RebuildError(f"{what}: rank {other} asks for another change than rank 0; all ranks must ask for the same")
-
-
-def _identity(plan: RebuildPlan | None) -> str:
-    """What all ranks must agree on: architecture, groups, and where every value comes from."""
-    assert plan is not None
-    request = plan.request
-    rows: list[Any] = [digest(plan.blueprint), plan.groups.to_plain(), sorted(request.drops)]
-    rows += [request.values, request.reset, plan.step]
-    for name, target in request.maps.items():
-        rows.append([name, target.init is not None, target.moments])
-        for piece in target.pieces:
-            indices = [[sorted((d, [int(i) for i in v]) for d, v in side.items())] for side in (piece.take, piece.put)]
-            rows.append([piece.source, indices, sorted(piece.scale.items())])
-    return hashlib.sha256(repr(rows).encode()).hexdigest()
-
-
-def _text(error: Exception) -> str:
-    return str(error) if isinstance(error, EffTrainError) else f"{type(error).__name__}: {error}"
 
 
 class Rebuilder:
@@ -183,11 +86,11 @@ class Rebuilder:
         try:
             found = self._plan(engine, request, step, ema)
         except Exception as error:  # whatever a surgery raises on one rank, the others must hear of it
-            problem = _text(error)
+            problem = text_of(error)
         what = f"rebuild ({request.reason or 'no reason given'})"
         agree(problem, what)
-        agree_equal(_identity(found), what)
         assert found is not None
+        agree_equal(identity_of(found), what)
         return found
 
     def _plan(self, engine: Any, request: RebuildRequest, step: int, ema: ShardedEma | None) -> RebuildPlan:
@@ -207,7 +110,9 @@ class Rebuilder:
                 f"optimizer {type(layout.base).__name__} keeps {', '.join(strange)}, which cannot be moved; allowed: "
                 "optimizers whose state has the shape of the parameters (Adam, AdamW, SGD, Lion, ...)"
             )
+        rng = rng_state()
         blueprint = request.surgery(copy_blueprint(self.blueprint))
+        set_rng_state(rng)  # a surgery that constructs modules draws numbers for weights that nobody uses
         shapes = {name: p.shape for name, p in blueprint.named_parameters()}
         old_shapes = {name: access.full_shape(p) for name, p in engine.module.named_parameters()}
         buffers = {name: b.shape for name, b in blueprint.named_buffers()}
@@ -215,7 +120,7 @@ class Rebuilder:
         if request.composed:
             known = {*shapes, *buffers}
             request = replace(request, maps={name: m for name, m in request.maps.items() if name in known})
-        _check_maps(request, {**shapes, **buffers}, {**old_shapes, **old_buffers})
+        check_maps(request, {**shapes, **buffers}, {**old_shapes, **old_buffers})
         groups = self._groups_after(request, blueprint, step)
         trainable = [name for name, p in blueprint.named_parameters() if p.requires_grad]
         return RebuildPlan(request, blueprint, groups, shapes, old_shapes, trainable, step)
@@ -254,7 +159,8 @@ class Rebuilder:
             self._restore(holder, bundle, plan, clock)
         except Exception as error:
             # a collective that failed on one rank only cannot be mended; every failure that all ranks know of is
-            problem = _text(error)
+            problem = text_of(error)
+            traceback.clear_frames(error.__traceback__)  # its frames hold the half-made engine
             if not self.keep_old:
                 raise RebuildError(f"{problem}; the old state was given up (keep_old is false)") from error
             self._roll_back(holder, bundle, old_blueprint, old_groups, skeleton)
@@ -271,7 +177,7 @@ class Rebuilder:
         average = holder.ema and (holder.ema.decay, holder.ema.warmup)
         skeleton, training = _skeleton_of(engine), engine.module.training
         batch = (engine.train_micro_batch_size_per_gpu(), engine.gradient_accumulation_steps())
-        rng = _rng_state()
+        rng = rng_state()
         del engine
         self._tear_down(holder)
         self._build(holder, blueprint, groups, skeleton, "creating the engine failed", clear=True)
@@ -281,7 +187,7 @@ class Rebuilder:
         engine.train(training)
         if average:
             holder.ema = ShardedEma(access.layout_of(engine), *average)
-        _set_rng_state(rng)
+        set_rng_state(rng)
 
     def _tear_down(self, holder: Any) -> None:
         engine = holder.deepspeed_engine
@@ -341,7 +247,7 @@ class Rebuilder:
         layout = access.layout_of(engine)
         frozen, replicated, _ = access.frozen_fragments(engine)
         frozen_held = [Held(name, start, values) for name, start, values in frozen]
-        masters = _held(layout, layout.tensors("fp32"))
+        masters = held_in(layout, layout.tensors("fp32"))
         everything = frozenset(layout.shapes) if layout.replicated else frozenset()
         old_table = Table.gather(bundle.held["fp32"], bundle.replicated)
         new_table = Table.gather([*masters, *frozen_held], everything | replicated)
@@ -362,7 +268,7 @@ class Rebuilder:
         if bundle.average is not None:
             decay, warmup, updates = bundle.average
             shadow = [torch.zeros_like(flat) for flat in layout.tensors("fp32")]
-            targets = _held(layout, shadow)
+            targets = held_in(layout, shadow)
             # a parameter that was frozen until now has no average: its weight is one
             sources = [*bundle.held["ema"], *(h for h in bundle.held["fp32"] if h.name not in bundle.trainable)]
             exchange.move("ema", sources, targets, names=trainable, present=old_names, initial=drawn)
@@ -378,14 +284,14 @@ class Rebuilder:
             keys = []
         self._start_state(layout, bundle, plan, keys)
         for key in keys:
-            targets = _held(layout, layout.tensors(key))
+            targets = held_in(layout, layout.tensors(key))
             exchange.move(key, bundle.held[key], targets, names=trainable, present=bundle.trainable)
             if not keep:
                 del bundle.held[key]
         layout.push()
         if frozen:
             access.refresh_frozen(engine)
-        _restore_buffers(engine.module, bundle.buffers, request.maps)
+        restore_buffers(engine.module, bundle.buffers, request.maps)
         self._continue(engine, layout, bundle, plan)
         clock.part("restore")
 
@@ -406,7 +312,8 @@ class Rebuilder:
             found = [self._scalars_of(name, bundle, plan) for name in names]
             keys_found = {key for scalars in found for key in scalars}
             merged = {key: max(s.get(key, 0.0) for s in found) for key in keys_found}
-            if merged:
+            # a step count alone would look like state to an optimizer that makes its state at the first step
+            if merged and (keys or layout.base.state.get(flat.master)):
                 layout.set_scalars(number, merged)
         access.replay_steps(layout)
 
@@ -432,77 +339,14 @@ class Rebuilder:
         if engine.lr_scheduler is not None and bundle.scheduler is not None:
             rows = [order.index(o) if o in bundle.hypers else 0 for o in origins]
             scheduler = engine.lr_scheduler
-            scheduler.load_state_dict(_regrouped(bundle.scheduler, scheduler.state_dict(), len(order), rows))
+            scheduler.load_state_dict(regrouped(bundle.scheduler, scheduler.state_dict(), len(order), rows))
         for group in layout.base.param_groups:
             label = group["name"]
             origin = label if label in bundle.hypers else parents[label]
             values = bundle.hypers.get(origin) or next(iter(bundle.hypers.values()))
             group.update({k: v for k, v in values.items() if k not in ("name", "params")})
         engine.train(bundle.training)
-        _set_rng_state(bundle.rng)
-
-
-def capture(engine: Any, ema: ShardedEma | None) -> Bundle:
-    """Views and small values of everything that must survive. Collective (tables of step counts)."""
-    rng = _rng_state()
-    layout = access.layout_of(engine)
-    frozen, replicated, frozen_shapes = access.frozen_fragments(engine)
-    held = {"fp32": _held(layout, layout.tensors("fp32"))}
-    keys: list[Any] = [layout.state_keys()]
-    if world_size() > 1:  # a rank that holds only padding has no state of its own
-        keys = [None] * world_size()
-        dist.all_gather_object(keys, layout.state_keys())
-    for key in sorted({k for of_rank in keys for k in of_rank}):
-        held[key] = _held(layout, layout.tensors(key))
-    if ema is not None:
-        held["ema"] = _held(layout, ema.shadow)
-    held["fp32"] += [Held(name, start, values) for name, start, values in frozen]
-    mine = {f.name: layout.scalars(f.flat) for f in layout.fragments}
-    scalars = _per_group_maximum(mine, layout)
-    carried = access.carried(engine)
-    carried["batch"] = (engine.train_micro_batch_size_per_gpu(), engine.gradient_accumulation_steps())
-    scheduler = engine.lr_scheduler
-    return Bundle(
-        held=held,
-        replicated=frozenset(layout.shapes if layout.replicated else ()) | replicated,
-        shapes={**layout.shapes, **frozen_shapes},
-        trainable=frozenset(layout.shapes),
-        scalars=scalars,
-        hypers={g["name"]: {k: v for k, v in g.items() if k != "params"} for g in layout.base.param_groups},
-        buffers={name: b for name, b in engine.module.named_buffers() if b is not None},
-        carried=carried,
-        scheduler=scheduler.state_dict() if scheduler is not None else None,
-        training=engine.module.training,
-        average=(ema.decay, ema.warmup, ema.updates) if ema is not None else None,
-        rng=rng,
-    )
-
-
-def _per_group_maximum(mine: dict[str, dict[str, float]], layout: access.Layout) -> dict[str, dict[str, float]]:
-    """Step counts by name, of all ranks.
-
-    Every parameter of a group has stepped equally often; only some fused optimizers (and torch's, for parameters that
-    never had a gradient) count fewer for some of them, so the group's maximum is carried where DeepSpeed steps whole
-    groups.
-    """
-    parts: list[Any] = [mine]
-    if world_size() > 1 and not layout.replicated:
-        parts = [None] * world_size()
-        dist.all_gather_object(parts, mine)
-    merged = {name: scalars for part in parts for name, scalars in part.items()}
-    fused = type(layout.base).__name__ == "FusedAdam"
-    if layout.replicated and not fused:
-        return merged
-    best: dict[int, dict[str, float]] = {}
-    for name, scalars in merged.items():
-        row = best.setdefault(layout.groups[name], {})
-        for key, value in scalars.items():
-            row[key] = max(row.get(key, 0.0), value)
-    return {name: best.get(layout.groups[name], {}) for name in layout.shapes}
-
-
-def _held(layout: access.Layout, tensors: list[Tensor]) -> list[Held]:
-    return [Held(f.name, f.start, layout.values(f, tensors)) for f in layout.fragments]
+        set_rng_state(bundle.rng)
 
 
 def _skeleton_of(engine: Any) -> tuple[torch.dtype, torch.device]:
@@ -527,94 +371,6 @@ class _Initial:
             return None
         drawn_as = init.name if isinstance(init, DrawnAs) else name
         return init(self.shapes[name], torch_rng("cpu", self.seed, "rebuild", self.step, drawn_as)).float()
-
-
-def _check_maps(
-    request: RebuildRequest, new: Mapping[str, torch.Size], old: Mapping[str, torch.Size]
-) -> None:
-    found: list[str] = []
-    consumed: set[str] = set()
-    for name in request.maps:
-        if name not in new:
-            found.append(f"map of {name}, which the new module does not have")
-    for name, shape in new.items():
-        target = request.maps.get(name)
-        if target is None:
-            if name not in old:
-                found.append(f"{name} is new and has no map")
-            elif old[name] != shape:
-                found.append(f"{name} changes from {list(old[name])} to {list(shape)} and has no map")
-            consumed.add(name)
-            continue
-        for piece in target.pieces:
-            consumed.add(piece.source)
-            if piece.source not in old:
-                found.append(f"{name} is to come from {piece.source}, which the module does not have")
-                continue
-            fit = _piece_misfit(piece, old[piece.source], shape)
-            if fit:
-                found.append(f"{name} <- {piece.source}: {fit}")
-    lost = sorted(set(old) - consumed - request.drops)
-    if lost:
-        found.append(f"nothing takes over {', '.join(lost[:5])}; list what is to go in drops")
-    if found:
-        more = f" (and {len(found) - 5} more)" if len(found) > 5 else ""
-        raise RebuildError("; ".join(found[:5]) + more)
-
-
-def _piece_misfit(piece: Any, old: torch.Size, new: torch.Size) -> str:
-    if len(old) != len(new):
-        return f"{len(old)} dimensions against {len(new)}"
-    for dim, (have, want) in enumerate(zip(old, new, strict=True)):
-        take = list(piece.take[dim]) if dim in piece.take else list(range(have))
-        put = list(piece.put[dim]) if dim in piece.put else list(range(want))
-        if len(take) != len(put):
-            return f"dimension {dim}: {len(take)} values for {len(put)} places"
-        if take and (min(take) < 0 or max(take) >= have):
-            return f"dimension {dim}: an index is not in 0..{have - 1}"
-        if put and (min(put) < 0 or max(put) >= want):
-            return f"dimension {dim}: a place is not in 0..{want - 1}"
-    return ""
-
-
-def _restore_buffers(module: nn.Module, old: Mapping[str, Tensor], maps: Mapping[str, ParameterMap]) -> None:
-    for name, buffer in module.named_buffers():
-        target = maps.get(name)
-        source = name if target is None else (target.pieces[0].source if target.pieces else None)
-        if source is not None and source in old and old[source].shape == buffer.shape:
-            buffer.copy_(old[source])
-
-
-def _regrouped(state: Any, fresh: Any, old_count: int, rows: Sequence[int]) -> Any:
-    """A scheduler's state with one entry a group in every list that had one a group.
-
-    Args:
-        state: of the old scheduler.
-        fresh: of the new scheduler, before anything is loaded; tells lists that go by group from others (milestones).
-        old_count: parameter groups before.
-        rows: for each new group the old group that it takes over.
-    """
-    if isinstance(state, dict) and isinstance(fresh, dict):
-        return {key: _regrouped(value, fresh.get(key), old_count, rows) for key, value in state.items()}
-    if not isinstance(state, list) or not isinstance(fresh, list):
-        return state
-    if any(isinstance(value, dict) for value in state) and len(state) == len(fresh):  # schedulers in a scheduler
-        return [_regrouped(value, new, old_count, rows) for value, new in zip(state, fresh, strict=True)]
-    by_group = len(state) == old_count and len(fresh) == len(rows) and state != fresh
-    return [state[row] for row in rows] if by_group else state
-
-
-def _rng_state() -> dict[str, Any]:
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else None
-    return {"torch": torch.get_rng_state(), "cuda": cuda, "numpy": np.random.get_state(), "python": random.getstate()}
-
-
-def _set_rng_state(state: Mapping[str, Any]) -> None:
-    torch.set_rng_state(state["torch"])
-    if state["cuda"] is not None:
-        torch.cuda.set_rng_state_all(state["cuda"])
-    np.random.set_state(state["numpy"])
-    random.setstate(state["python"])
 
 
 class _Clock:

@@ -168,6 +168,7 @@ def compose_requests(first: RebuildRequest, second: RebuildRequest) -> RebuildRe
         values="ema" if "ema" in (first.values, second.values) else "online",
         reset=first.reset or second.reset,
         reason="; ".join(r for r in (first.reason, second.reason) if r),
+        composed=True,
     )
 
 
@@ -194,7 +195,7 @@ def _composed(name: str, target: ParameterMap, maps: Mapping[str, ParameterMap])
                     f"{name}: a part of {outer.source}, which an earlier request of this boundary initialises; "
                     "ask for it at the next boundary"
                 )
-            init = DrawnAs(inner.init, getattr(inner.init, "name", outer.source))
+            init = inner.init if isinstance(inner.init, DrawnAs) else DrawnAs(inner.init, outer.source)
         elif not inner.pieces or all(piece.put for piece in inner.pieces):
             # what inner leaves at zero would overwrite what lies under the outer piece
             if target.init is not None or any(_overlap(outer, other) for other in target.pieces[:number]):
@@ -235,7 +236,8 @@ def _through(inner: Piece, outer: Piece) -> Piece | None:
                 put[dim] = target
             continue
         places = {i: k for k, i in enumerate(wrote)} if wrote is not None else None
-        kept = [(k, places[i] if places is not None else i) for k, i in enumerate(wants) if places is None or i in places]
+        found = [(k, i if places is None else places.get(i)) for k, i in enumerate(wants)]
+        kept = [(k, i) for k, i in found if i is not None]
         if not kept:
             return None
         take[dim] = [read[j] if read is not None else j for _, j in kept]

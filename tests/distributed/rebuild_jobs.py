@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import gc
+import os
 import weakref
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -12,6 +14,8 @@ from torch import nn
 
 import efftrain_ds
 from efftrain_ds.core.errors import EffTrainError, RebuildError
+from efftrain_ds.core.method import Method
+from efftrain_ds.core.timeline import Segment, Timeline
 from efftrain_ds.zero import access
 from efftrain_ds.zero import request as rq
 from tests.distributed.zero_jobs import dtype_of, full_state, same, weights
@@ -34,6 +38,9 @@ class Block(nn.Module):
         return x + self.fc2(self.drop(torch.tanh(self.fc1(self.norm(x)))))
 
 
+BLOCK_NAMES = ("norm.weight", "norm.bias", "fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias")
+
+
 class Toy(nn.Module):
     """Odd sizes, dropout, buffers, a frozen tensor and (on request) a tied one."""
 
@@ -53,7 +60,15 @@ class Toy(nn.Module):
         return out + self.extra(x) if hasattr(self, "extra") else out
 
 
-def config_of(stage: int, dtype: str, gas: int = 1, optimizer: str = "torch", **zero) -> dict:
+def config_of(
+    stage: int,
+    dtype: str,
+    gas: int = 1,
+    optimizer: str = "torch",
+    ema: bool = True,
+    keep_old: bool = True,
+    **zero,
+) -> dict:
     world = dist.get_world_size()
     params = {"lr": 1e-2, "weight_decay": 0.05}
     if optimizer == "torch":
@@ -69,8 +84,9 @@ def config_of(stage: int, dtype: str, gas: int = 1, optimizer: str = "torch", **
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 10**9,
-        "efftrain": {"model": {"ema": {"decay": 0.9}}},
+        "efftrain": {"model": {"ema": {"decay": 0.9}}} if ema else {},
     }
+    document["efftrain"]["run"] = {"keep_old_state": keep_old}
     if dtype.startswith("bf16"):
         document["bf16"] = {"enabled": True}
     if dtype == "bf16_fp32":
@@ -178,7 +194,7 @@ def grow(old: int, new: int, origin: list[int], zero_moments: tuple[int, ...] = 
         model.blocks = nn.Sequential(*[copy.deepcopy(blocks[i]) for i in origin])
         return model
 
-    names = [n for n, _ in Block().named_parameters()] + ["seen"]
+    names = [*BLOCK_NAMES, "seen"]
     maps = {
         f"blocks.{j}.{n}": rq.ParameterMap((rq.Piece(f"blocks.{i}.{n}"),), moments=j not in zero_moments)
         for j, i in enumerate(origin)
@@ -212,7 +228,9 @@ def change_job(stage: int, dtype: str, what: str, extra: dict) -> dict:
         if not torch.equal(value, want):
             wrong.append(full_name)
     low, layout = weights(engine), access.layout_of(engine.deepspeed_engine)
-    cast = [n for n, s in layout.shapes.items() if not torch.equal(low[n], after[f"fp32/{n}"].to(dtype_of(engine)).float())]
+    cast = [
+        n for n, s in layout.shapes.items() if not torch.equal(low[n], after[f"fp32/{n}"].to(dtype_of(engine)).float())
+    ]
     getter = []
     for name, p in engine.module.named_parameters():
         if p.requires_grad and stage > 0:
@@ -222,13 +240,17 @@ def change_job(stage: int, dtype: str, what: str, extra: dict) -> dict:
             if not torch.equal(value.float().cpu(), after[f"fp32/{name}"]):
                 getter.append(name)
     steps = {
-        g["name"]: layout.scalars(i).get("step") for i, g in enumerate(layout.base.param_groups) if i < len(layout.flats)
+        g["name"]: layout.scalars(i).get("step")
+        for i, g in enumerate(layout.base.param_groups)
+        if i < len(layout.flats)
     }
     losses = train(engine, 3, 8)
     result = {
         "wrong": wrong,
         "cast": cast,
         "getter": getter,
+        "keys": sorted({n.split("/")[0] for n in after}),
+        "names": len({n.split("/")[1] for n in after}) == len(layout.shapes),
         "frozen": torch.equal(low["shift"], frozen),
         "groups": [g["name"] for g in layout.base.param_groups],
         "steps": steps,
@@ -303,15 +325,31 @@ def widen() -> rq.RebuildRequest:
     return rq.RebuildRequest(surgery, maps, reason="wider")
 
 
+FEATURES = {
+    "zero_hpz_partition_size": 2,
+    "zero_quantized_weights": True,
+    "zenflow": {"topk_ratio": 0.1},
+}
+
+
 def refusal_job(what: str) -> dict:
     """One mistake; nothing may be touched and every rank hears of it."""
-    extra = {}
-    if what == "optimizer":
-        extra = {"optimizer": "ds"}
-    engine = make(2, "fp32", **extra, **({"gas": 2} if what == "accumulation" else {}))
+    stage, dtype, extra = 2, "fp32", {}
+    if what == "accumulation":
+        extra = {"gas": 2}
+    if what == "round_robin_gradients":
+        extra = {what: True, "ema": False}
+    if what == "fp16 stage 0":
+        stage, dtype = 0, "fp16"
+    engine = make(stage, dtype, **extra)
+    own_state = what != "round_robin_gradients"  # its layout cannot be read
     train(engine, 0, 2)
-    before, identity = full_state(engine), id(engine.deepspeed_engine)
+    before = full_state(engine) if own_state else {}
+    before_weights, identity, history = weights(engine), id(engine.deepspeed_engine), list(engine.rebuilds)
     request = rq.RebuildRequest(reason=what)
+    zero = engine.deepspeed_engine._config.zero_config
+    undo = lambda: None  # noqa: E731
+    wrapper = type(engine.optimizer)
     if what == "accumulation":
         loss = engine(torch.ones(4, 5)).square().mean()
         engine.backward(loss)
@@ -325,19 +363,58 @@ def refusal_job(what: str) -> dict:
         request = rq.RebuildRequest(maps={"head.weight": rq.copy("embed.weight")}, reason=what)
     elif what == "source":
         request = rq.RebuildRequest(maps={"head.bias": rq.copy("nowhere")}, reason=what)
+    elif what == "target":
+        request = rq.RebuildRequest(maps={"nowhere": rq.copy("head.bias")}, reason=what)
+    elif what == "index":
+        request = rq.RebuildRequest(maps={"head.bias": rq.gather("head.bias", {0: [0, 1, 2, 3, 4, 5, 7]})}, reason=what)
     elif what == "one rank" and dist.get_rank() == 1:
         request = rq.RebuildRequest(maps={"head.bias": rq.copy("nowhere")}, reason=what)
+    elif what == "one rank's surgery" and dist.get_rank() == 1:
+        request = rq.RebuildRequest(surgery=lambda model: model.no_such_block, reason=what)
+    elif what == "ranks differ":
+        order = list(range(7)) if dist.get_rank() == 0 else list(range(6, -1, -1))
+        request = rq.RebuildRequest(maps={"head.bias": rq.gather("head.bias", {0: order})}, reason=what)
     elif what == "state":
         layout = access.layout_of(engine.deepspeed_engine)
-        layout.base.state[layout.flats[0].master]["history"] = torch.zeros(3)
+        state = layout.base.state[layout.flats[0].master]
+        state["history"] = torch.zeros(3)
+        undo = lambda: state.pop("history")  # noqa: E731
+    elif what == "class":
+        engine.optimizer.__class__ = type("Other", (wrapper,), {})
+        undo = lambda: setattr(engine.optimizer, "__class__", wrapper)  # noqa: E731
+    elif what in FEATURES:
+        kept = getattr(zero, what)
+        zero.__dict__[what] = FEATURES[what]
+        undo = lambda: zero.__dict__.update({what: kept})  # noqa: E731
+    elif what == "evaluating":
+        engine.ema.swapped = True
+        undo = lambda: setattr(engine.ema, "swapped", False)  # noqa: E731
     try:
         engine.rebuild(request)
         text = "nothing was refused"
     except RebuildError as error:
         text = str(error)
-    untouched = identity == id(engine.deepspeed_engine) and not same(before, full_state(engine))
+    undo()
+    untouched = (
+        identity == id(engine.deepspeed_engine)
+        and not same(before_weights, weights(engine))
+        and history == engine.rebuilds
+        and not (own_state and same(before, full_state(engine)))
+    )
     engine.destroy()
     return {"text": text, "untouched": untouched}
+
+
+def streamed_failure_job() -> str:
+    """A failure where the old state was not kept says so."""
+    engine = make(2, "bf16", keep_old=False)
+    train(engine, 0, 1)
+    engine.rebuilder._create = None  # not callable
+    try:
+        engine.rebuild(rq.RebuildRequest())
+    except RebuildError as error:
+        return str(error)
+    return "nothing was refused"
 
 
 def rollback_job(stage: int, dtype: str, where: str) -> dict:
@@ -359,7 +436,7 @@ def rollback_job(stage: int, dtype: str, where: str) -> dict:
         if where == "create" and len(calls) == 1:
             raise MemoryError("no memory (a test)")
         made = working(module, groups)
-        if where == "after create" and len(calls) == 1:
+        if len(calls) == 1 and (where == "after create" or (where == "one rank" and dist.get_rank() == 1)):
             raise MemoryError("no memory (a test)")
         return made
 
@@ -386,7 +463,10 @@ def rollback_job(stage: int, dtype: str, where: str) -> dict:
         rebuilder._create = working
     restored = differing(before, outcome(engine))
     losses = train(engine, 3, 6)
-    result = {"text": text, "restored": restored, "losses": losses == expected, "end": differing(end, outcome(engine))}
+    later = differing(end, outcome(engine))
+    engine.rebuild(grow(4, 6, [0, 1, 2, 2, 3, 3]))  # the next attempt works
+    result = {"text": text, "restored": restored, "losses": losses == expected, "end": later}
+    result["blocks"], result["history"] = len(engine.module.blocks), len(engine.rebuilds)
     engine.destroy()
     return result
 
@@ -411,7 +491,10 @@ def leak_job(stage: int, times: int) -> dict:
         gc.collect()
         alive.append(sum(r() is not None for r in references))
         hooks.append(
-            sum(len(m._forward_hooks) + len(m._forward_pre_hooks) + len(m._backward_hooks) for m in engine.module.modules())
+            sum(
+                len(m._forward_hooks) + len(m._forward_pre_hooks) + len(m._backward_hooks)
+                for m in engine.module.modules()
+            )
         )
         groups.append(len(torch.distributed.distributed_c10d._world.pg_map))
     engine.destroy()
@@ -437,7 +520,7 @@ def negative_job(what: str) -> dict:
                 tensor.zero_()
     elif what == "element":
         for fragment in layout.fragments[:1]:
-            layout.values(fragment, layout.tensors("exp_avg"))[0] += 1e-3
+            layout.values(fragment, layout.tensors("exp_avg"))[0] += 1e-6
     elif what == "step":
         for number in range(len(layout.flats)):
             layout.set_scalars(number, {"step": 0.0})
@@ -446,6 +529,9 @@ def negative_job(what: str) -> dict:
             flat.master.data.copy_(flat.master.data.bfloat16().float())
     elif what == "weight decay":
         layout.base.param_groups[0]["weight_decay"] = 0.0
+    elif what == "lr":
+        for group in layout.base.param_groups:
+            group["lr"] *= 1.001
     elif what == "scheduler":
         inner.lr_scheduler.last_batch_iteration = 0
     elif what == "rng":
@@ -455,7 +541,7 @@ def negative_job(what: str) -> dict:
     elif what == "scaler":
         access.load_scaler_state(inner, {"cur_scale": 2.0})
     losses = train(engine, 4, 8)
-    result = {"same": losses == expected and not differing(end, outcome(engine))}
+    result = {"losses": losses == expected, "end": differing(end, outcome(engine))}
     engine.destroy()
     return result
 
@@ -479,8 +565,24 @@ def unfreeze_job(stage: int, dtype: str) -> dict:
     moments = all(not after[f"{k}/shift"].any() for k in ("exp_avg", "exp_avg_sq"))
     kept = weights(engine)["embed.bias"]
     train(engine, 3, 5)
-    now = weights(engine)
+    now, full = weights(engine), full_state(engine)
+
+    def again(model):
+        model.shift.requires_grad_(False)
+        model.embed.bias.requires_grad_(True)
+        return model
+
+    engine.rebuild(rq.RebuildRequest(again, reason="freeze again"))
+    back, end = weights(engine), full_state(engine)
+    back_layout = access.layout_of(engine.deepspeed_engine)
+    train(engine, 5, 7)
+    last = weights(engine)
     result = {
+        "back": torch.equal(back["shift"], now["shift"]) and "fp32/shift" not in end,
+        "back_bias": torch.equal(end["fp32/embed.bias"], kept) and not end["exp_avg/embed.bias"].any(),
+        "back_groups": [g["name"] for g in back_layout.base.param_groups],
+        "back_carried": [k for k in full if k in end and not torch.equal(full[k], end[k])],
+        "back_moves": torch.equal(last["shift"], now["shift"]) and not torch.equal(last["embed.bias"], kept),
         "carried": carried,
         "shift": shift,
         "moments": moments,
@@ -508,6 +610,54 @@ def hooks_job() -> dict:
     return result
 
 
+def compose_job(stage: int, dtype: str, pair: str) -> dict:
+    """Two requests at one boundary against the same two one after the other."""
+    found = []
+    for combined in (True, False):
+        engine = make(stage, dtype, depth=4)
+        train(engine, 0, 3)
+        first, second = PAIRS[pair]()
+        if combined:
+            engine.rebuild(rq.compose_requests(first, second))
+        else:
+            engine.rebuild(first)
+            engine.rebuild(second)
+        at = outcome(engine)
+        found.append((at, train(engine, 3, 6), outcome(engine), len(engine.rebuilds)))
+        engine.destroy()
+    (a, a_losses, a_end, a_count), (b, b_losses, b_end, b_count) = found
+    return {
+        "at": differing(a, b),
+        "losses": a_losses == b_losses,
+        "end": differing(a_end, b_end),
+        "rebuilds": (a_count, b_count),
+    }
+
+
+def uniform(shape, generator):
+    return torch.rand(shape, generator=generator)
+
+
+def fresh_block(position: int) -> rq.RebuildRequest:
+    """A new block with drawn values at the end (behind `position` blocks)."""
+
+    def surgery(model):
+        model.blocks.append(copy.deepcopy(model.blocks[0]))
+        return model
+
+    maps = {f"blocks.{position}.{n}": rq.fresh(uniform) for n in BLOCK_NAMES}
+    return rq.RebuildRequest(surgery, {**maps, f"blocks.{position}.seen": rq.zeros()}, reason="a fresh block")
+
+
+PAIRS = {
+    "grow, shrink": lambda: (grow(4, 6, [0, 1, 2, 2, 3, 3]), grow(6, 4, [0, 1, 4, 5])),
+    "newcomers, renumber": lambda: (grow(4, 6, [0, 1, 2, 2, 3, 3], (3,)), grow(6, 5, [0, 3, 2, 4, 5])),
+    "fresh, renumber": lambda: (fresh_block(4), grow(5, 4, [4, 0, 3, 1])),
+    "widen, grow": lambda: (widen(), grow(4, 6, [0, 1, 2, 2, 3, 3])),
+    "grow, widen": lambda: (grow(4, 4, [3, 2, 1, 0]), widen()),
+}
+
+
 def birth_job(stage: int) -> dict:
     """First update of newcomers in their own group, relative to lr (weight decay off)."""
     engine = make(stage, "fp32")
@@ -521,17 +671,120 @@ def birth_job(stage: int) -> dict:
     return {"ratio": float(ratio)}
 
 
-def resume_job(folder: str, save_stage: int, load_stage: int, dtype: str) -> dict:
-    """A checkpoint made after a growth is loaded by an engine that starts with four blocks."""
-    engine = make(save_stage, dtype)
-    train(engine, 0, 3)
-    engine.rebuild(grow(4, 6, [0, 1, 2, 2, 3, 3], zero_moments=(3,)))
-    train(engine, 3, 5)
-    try:
-        engine.save_checkpoint(folder)
-    except EffTrainError as error:
-        return {"error": str(error)}
-    state = full_state(engine)
-    expected = train(engine, 5, 7)
+class Growing(Method):
+    """A method of one's own: four blocks become six at step `grow_at`."""
+
+    name = "sixth_sense"
+    changes_parameters = True
+
+    def __init__(self, grow_at: int = 3, steps: int = 12):
+        super().__init__(None)
+        self.grow_at, self.steps, self.depth, self.rebuilt = grow_at, steps, 4, 0
+
+    def plan(self, spec):
+        edge = self.grow_at / self.steps
+        return Timeline((Segment(0.0, edge, {"blocks": 4}), Segment(edge, 1.0, {"blocks": 6})))
+
+    def on_stage_enter(self, ctx, stage):
+        if stage.settings["blocks"] == self.depth:
+            return None
+        self.depth = 6
+        return grow(4, 6, [0, 1, 2, 2, 3, 3], zero_moments=(3,))
+
+    def on_rebuilt(self, ctx):
+        self.rebuilt += 1
+
+    def architecture(self):
+        return {"depth": self.depth}
+
+    def shape_model(self, model, architecture):
+        self.depth = architecture["depth"]
+        while len(model.blocks) < self.depth:
+            model.blocks.append(copy.deepcopy(model.blocks[0]))
+        return model
+
+
+def make_growing(stage: int, dtype: str, **extra):
+    torch.manual_seed(3)
+    model = Toy(4)
+    groups = [
+        {"params": [p for p in model.parameters() if p.requires_grad and p.ndim > 1], "name": "decay"},
+        {
+            "params": [p for p in model.parameters() if p.requires_grad and p.ndim <= 1],
+            "weight_decay": 0.0,
+            "name": "rest",
+        },
+    ]
+    config = config_of(stage, dtype, **extra)
+    config["efftrain"] = {
+        "model": {"ema": {"decay": 0.9}},
+        "run": {"steps": 12},
+        "data": {"resolution": 32, "stride": 4},
+    }
+    engine, *_ = efftrain_ds.initialize(model=model, model_parameters=groups, config=config, methods=[Growing()])
+    torch.manual_seed(100 + dist.get_rank())
+    return engine
+
+
+def save_grown_job(folder: str, stage: int, dtype: str) -> dict:
+    """Six steps with a growth at the third, saved after the fifth; the checkpoint's state and what follows."""
+    engine = make_growing(stage, dtype)
+    train(engine, 0, 5)
+    engine.save_checkpoint(folder)
+    saved = outcome(engine)
+    losses = train(engine, 5, 8)
+    result = {"saved": saved, "losses": losses, "end": outcome(engine), "history": list(engine.rebuilds)}
     engine.destroy()
-    return {"state": state, "expected": expected}
+    return result
+
+
+def load_grown_job(folder: str, stage: int, dtype: str) -> dict:
+    """An engine that starts with four blocks loads the grown checkpoint and goes on."""
+    engine = make_growing(stage, dtype)
+    engine.load_checkpoint(folder)
+    loaded = outcome(engine)
+    losses = train(engine, 5, 8)
+    result = {
+        "saved": loaded,
+        "losses": losses,
+        "end": outcome(engine),
+        "history": list(engine.rebuilds),
+        "rebuilt": engine.methods[0].rebuilt,
+        "depth": len(engine.module.blocks),
+        "groups": [g["name"] for g in access.layout_of(engine.deepspeed_engine).base.param_groups],
+    }
+    engine.destroy()
+    return result
+
+
+def wrong_grown_job(folder: str) -> dict:
+    """A model of another width refuses the grown checkpoint, whatever its method says."""
+    global WIDTH
+    WIDTH = 21
+    try:
+        engine = make_growing(1, "fp32")
+        before = outcome(engine)
+        try:
+            engine.load_checkpoint(folder)
+            text = "loaded"
+        except EffTrainError as error:
+            text = str(error)
+        result = {"text": text, "untouched": not differing(before, outcome(engine))}
+        engine.destroy()
+    finally:
+        WIDTH = 33
+    return result
+
+
+def many_job(stage: int, times: int) -> dict:
+    """Resident memory over many rebuilds."""
+    engine = make(stage, "bf16")
+    train(engine, 0, 1)
+    resident = []
+    for number in range(times):
+        engine.rebuild(grow(4, 4, [0, 1, 2, 3]))
+        train(engine, 1 + number, 2 + number)
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        resident.append(pages * os.sysconf("SC_PAGE_SIZE"))
+    engine.destroy()
+    return {"resident": resident}

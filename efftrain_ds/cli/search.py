@@ -1,0 +1,55 @@
+"""``efftrain search``: run a method's search alone."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from .args import add_set_argument
+
+SEARCHES = ("growth",)
+"""What can be searched."""
+
+
+def add_parser(subparsers: Any) -> argparse.ArgumentParser:
+    """Add the verb to the command's subparsers."""
+    parser = subparsers.add_parser("search", help="run a method's search alone and print what it chose")
+    verbs = parser.add_subparsers(dest="search_verb", required=True, metavar="growth")
+    growth = verbs.add_parser(
+        "growth",
+        help="AutoProg's growth schedule",
+        description="Run the searches of AutoProg without the training between them, in one process, and print the "
+        'schedule for "efftrain.methods.autoprog.schedule". On several ranks: '
+        "deepspeed launch/train.py --ds_config FILE --search growth",
+    )
+    growth.add_argument("file", metavar="FILE", help="DeepSpeed JSON with efftrain.methods.autoprog.search")
+    add_set_argument(growth)
+    add_output_argument(growth, "--output")
+    growth.set_defaults(func=run)
+    return parser
+
+
+def add_output_argument(parser: argparse.ArgumentParser, name: str) -> None:
+    """Add where the schedule goes, as `search_output`."""
+    parser.add_argument(
+        name,
+        dest="search_output",
+        metavar="F",
+        help="JSON file of the schedule (default: search/growth.json in the run's output folder)",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Search and print the schedule.
+
+    Raises:
+        ConfigError: the configuration is wrong or searches nothing (exit code 2).
+        PlanError: the plan cannot run (exit code 3).
+    """
+    from ..config.loader import load_config
+    from ..train_search import check_searches, run_search
+
+    config = load_config(args.file, overrides=args.overrides, world=1)
+    check_searches(config)  # before any process group is there
+    run_search(config, args.search_output)
+    return 0
