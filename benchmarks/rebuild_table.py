@@ -69,9 +69,10 @@ def main() -> None:
             seconds = max(r["seconds"] for r in same)
             cells = [stage, dtype, offload, f"{losses:g}", f"{state:g}", other, wrong, f"{seconds:.2f}"]
             lines.append("| " + " | ".join(str(cell) for cell in cells) + " |")
+            print(lines[-1], file=sys.stderr, flush=True)
     finally:
         pool.close()
-    print(HEAD)
+    print("\n" + HEAD)  # DeepSpeed prints from the ranks while they work
     print("\n".join(lines))
     print(f"\n{len(table)} configurations, {args.ranks} ranks, {time.monotonic() - begin:.0f} s")
 

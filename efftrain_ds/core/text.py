@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-_SHORT = {"bandwidth": "B", "ra_magnitude": "m", "resolution": "R", "depth": "d"}
+_SHORT = {"bandwidth": "B", "ra_magnitude": "m", "resolution": "R", "depth": "d", "unfrozen": "u"}
 _HIDDEN = frozenset({"drop_path", "erasing", "growth"})  # follow from the stage and would only fill the line
 
 

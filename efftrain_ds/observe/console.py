@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TextIO
+from typing import Any, TextIO
 
 from ..core.text import align, bytes_text, duration_text, short_settings
 from ..core.timeline import Stage
@@ -190,6 +190,13 @@ def _rate(rate: float) -> str:
     return f"{rate:,.0f}" if rate >= 99.5 else f"{rate:.1f}"
 
 
+def _value(value: Any) -> str:
+    """A setting in words: a switch is on or off, rates without the digits of binary fractions."""
+    if value is None or value is False:
+        return "-"
+    return "on" if value is True else f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
 def stage_lines(old: Stage | None, new: Stage, stages: int, *, why: str = "", world: int | None = None) -> str:
     """What changes at a stage edge.
 
@@ -207,9 +214,11 @@ def stage_lines(old: Stage | None, new: Stage, stages: int, *, why: str = "", wo
     else:
         changes = []
         for key in [*new.settings, *(k for k in old.settings if k not in new.settings)]:
+            if key == "growth":  # the number of the method's own stage says nothing to a reader
+                continue
             before, after = old.settings.get(key), new.settings.get(key)
             if before != after:
-                changes.append(f"{key} {'-' if before is None else before} -> {'-' if after is None else after}")
+                changes.append(f"{key} {_value(before)} -> {_value(after)}")
         lines.append(f"    changes: {', '.join(changes) or 'none'}")
     split = f"{new.micro_batch} x {new.accumulation}" + (f" x {world}" if world else "")
     names = "micro-batch x accumulation" + (" x ranks" if world else "")

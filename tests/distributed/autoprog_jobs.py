@@ -35,23 +35,24 @@ def vit(depth: int = 6, **kwargs) -> nn.Module:
     )
 
 
-def config_of(stage: int, dtype: str, method: dict, steps: int, **run) -> dict:
+def config_of(stage: int, dtype: str, method: dict | None, steps: int, scheduler: bool = False) -> dict:
     world = dist.get_world_size()
     config = {
         "train_batch_size": 4 * world,
         "train_micro_batch_size_per_gpu": 4,
         "gradient_clipping": 1.0,
         "optimizer": {"type": "AdamW", "params": {"lr": 1e-2, "weight_decay": 0.05, "torch_adam": True}},
-        "scheduler": {"type": "WarmupDecayLR", "params": {"warmup_num_steps": 4, "total_num_steps": 100}},
         "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 100},
         "steps_per_print": 10**9,
         "efftrain": {
-            "run": {"steps": steps, **run},
+            "run": {"steps": steps},
             "model": {"ema": {"decay": 0.9}},
             "data": {"resolution": SIDE, "samples": 4 * world * 4},
             "methods": {"autoprog": method} if method is not None else {},
         },
     }
+    if scheduler:
+        config["scheduler"] = {"type": "WarmupDecayLR", "params": {"warmup_num_steps": 4, "total_num_steps": 100}}
     if dtype == "bf16":
         config["bf16"] = {"enabled": True}
     return config
@@ -67,10 +68,10 @@ def probes(samples: int) -> list[Batch]:
     return found
 
 
-def start(stage: int, dtype: str, method: dict | None, steps: int = 16, depth: int = 6, **kwargs):
+def start(stage: int, dtype: str, method: dict | None, steps: int = 16, scheduler: bool = False):
     torch.manual_seed(3)
-    model = vit(depth, **kwargs)
-    config = config_of(stage, dtype, method, steps)
+    model = vit()
+    config = config_of(stage, dtype, method, steps, scheduler)
     engine, *_ = efftrain_ds.initialize(
         model=model, model_parameters=model.parameters(), config=config, probe_batches=probes
     )
@@ -115,12 +116,13 @@ def growth_job(stage: int, dtype: str, state: str) -> dict:
             wrong.append(full_name)
     layout = access.layout_of(engine.deepspeed_engine)
     rates = [b.drop_path1.drop_prob for b in engine.module.blocks]
+    steps = sorted({layout.scalars(i).get("step", 0.0) for i in range(len(layout.flats))})
     one_step(engine, 4)
     result = {
         "wrong": wrong,
         "states": sorted({k.split("/")[0] for k in after}),
         "online_gone": bool(same({"x": after["fp32/head.bias"]}, {"x": before["fp32/head.bias"]})),
-        "steps": sorted({layout.scalars(i).get("step", 0.0) for i in range(len(layout.flats))}),
+        "steps": steps,
         "rates": rates,
         "blocks": len(engine.module.blocks),
     }
@@ -132,7 +134,7 @@ def lr_job(stage: int) -> dict:
     """Learning rates and step counts with and without growth."""
     found = []
     for method in ({"stages": 4, "depth_start": 0.5, "resolution_start": None}, None):
-        engine = start(stage, "fp32", method, steps=12)
+        engine = start(stage, "fp32", method, steps=12, scheduler=True)
         rates = []
         for step in range(12):
             one_step(engine, step)

@@ -128,10 +128,10 @@ def test_one_rank_resumes_in_mid_search(ranks, tmp_path):
         (
             {"schedule": [{"until": 0.5, "depth": 4}, {"until": 1.0, "depth": 3}]},
             {},
-            ["ConfigError", "must not fall", "[4, 3]"],
+            ["ConfigIssues", "must not fall", "[4, 3]"],
         ),
         ({"schedule": [{"until": 1.0, "depth": 4}]}, {}, ["PlanError", "last stage must be the full model"]),
-        ({"operator": "copy"}, {}, ["ConfigError", "operator", "mogrow"]),
+        ({"operator": "copy"}, {}, ["ConfigIssues", "operator", "mogrow"]),
         ({}, {"efftrain/model": {"ema": None}}, ["ConfigError", "efftrain.model.ema", "autoprog"]),
         ({"search": {"epochs": 9}, "stages": 2}, {}, ["PlanError", "search.epochs"]),
         ({"search": {"epochs": 1}, "stages": 2}, {"no_probes": True}, ["ConfigError", "probe_batches"]),

@@ -95,11 +95,9 @@ def optimizer_extensions():
 @pytest.mark.parametrize("stage", [1, 2, 3])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_identity_with_cpu_adam(ranks, optimizer_extensions, stage, dtype):
-    """Its running product of betas is replayed; with several flats the product itself is not what torch computes."""
+    """Its running product of betas is replayed, so that not even the last bits differ."""
     for result in ranks(jobs.identity_job, stage, dtype, CPU_ADAM):
-        assert result["at_rebuild"] == []
-        assert result["losses"] <= (1e-6 if dtype == "fp32" else 2e-3)
-        assert result["end_error"] <= (1e-5 if dtype == "fp32" else 2e-3)
+        _exact(result)
 
 
 @slow
@@ -119,11 +117,12 @@ def _changed(result, what: str, stage: int) -> None:
     assert result["keys"] == ["ema", "exp_avg", "exp_avg_sq", "fp32"]
     assert result["moved"] > 0
     assert all(loss == loss for loss in result["losses"] if loss is not None)
-    newcomers = ["decay@3", "no_decay@3"] if what == "grow" else []
+    at = result["at"]
+    newcomers = [f"decay@{at}", f"no_decay@{at}"] if what == "grow" else []
     assert sorted(result["groups"]) == sorted(["decay", "no_decay", *newcomers])
     if stage in (1, 2):  # one flat a group
-        assert result["steps"] == {"decay": 3.0, "no_decay": 3.0, **dict.fromkeys(newcomers, 0.0)}
-    assert [h["step"] for h in result["history"]] == [3]
+        assert result["steps"] == {"decay": at, "no_decay": at, **dict.fromkeys(newcomers, 0.0)}
+    assert [h["step"] for h in result["history"]] == [at]
 
 
 GROW_MORE = [
@@ -132,6 +131,7 @@ GROW_MORE = [
     pytest.param(1, "bf16_fp32", {}, 2, marks=slow),
     pytest.param(3, "bf16", {"sub_group_size": 500}, 2, marks=slow),
     (1, "bf16", {}, 3),
+    pytest.param(3, "fp16", {}, 2, marks=slow),
     (3, "bf16", {"keep_old": False}, 2),
     pytest.param(1, "bf16", {"keep_old": False}, 2, marks=slow),
     pytest.param(3, "fp32", {}, 3, marks=slow),
@@ -161,7 +161,7 @@ def test_change_against_an_oracle(ranks, stage, dtype, what):
 @pytest.mark.parametrize("what", ["grow", pytest.param("shrink", marks=slow), pytest.param("widen", marks=slow)])
 def test_change_under_other_configurations(ranks, stage, dtype, extra, world, what):
     for result in ranks(jobs.change_job, stage, dtype, what, extra, world=world):
-        _changed(result, what, 3 if extra else stage)
+        _changed(result, what, stage if not extra else 3)
 
 
 @slow

@@ -145,12 +145,8 @@ def measure(
                 for level, resolution in candidates
             ]
             module.to(dtype)
-            for (level, resolution), (ntk, zico) in zip(candidates, scores, strict=True):
-                names = trained(module, level)
-                for name, parameter in module.named_parameters():
-                    parameter.requires_grad_(name in names)
-                sized = [(_sized(images, resolution).to(dtype), labels) for images, labels in batches[scored:]]
-                local.append((_seconds(module, sized, device), ntk, zico))
+            seconds = _seconds(module, candidates, trained, batches[scored:], dtype)
+            local = [(t, *pair) for t, pair in zip(seconds, scores, strict=True)]
         shared.check()
     return _reduced(ctx, local)
 
@@ -218,18 +214,32 @@ def _copy_weights(source: nn.Module, target: nn.Module) -> None:
         buffers[name].copy_(buffer)
 
 
-def _seconds(module: nn.Module, batches: Sequence[tuple[Tensor, Tensor]], device: torch.device) -> float:
-    """Median time of forward and backward over the batches, after a warm-up."""
+def _seconds(
+    module: nn.Module,
+    candidates: Sequence[Candidate],
+    trained: Trained,
+    batches: Sequence[tuple[Tensor, Tensor]],
+    dtype: torch.dtype,
+) -> list[float]:
+    """Median time of forward and backward over the batches, for each candidate, after a warm-up.
+
+    The candidates take turns batch by batch, so that a machine that is busy for a while slows all of them.
+    """
     module.train()
-    laps = []
+    laps: list[list[float]] = [[] for _ in candidates]
     for images, labels in [*[batches[0]] * _WARM_UP, *batches]:
-        _synchronise(device)
-        start = time.perf_counter()
-        F.cross_entropy(module(images).float(), labels).backward()
-        _synchronise(device)
-        laps.append(time.perf_counter() - start)
-        module.zero_grad(set_to_none=True)
-    return median(laps[_WARM_UP:])
+        for (level, resolution), times in zip(candidates, laps, strict=True):
+            names = trained(module, level)
+            for name, parameter in module.named_parameters():
+                parameter.requires_grad_(name in names)
+            sized = _sized(images, resolution).to(dtype)
+            _synchronise(images.device)
+            start = time.perf_counter()
+            F.cross_entropy(module(sized).float(), labels).backward()
+            _synchronise(images.device)
+            times.append(time.perf_counter() - start)
+            module.zero_grad(set_to_none=True)
+    return [median(times[_WARM_UP:]) for times in laps]
 
 
 def _synchronise(device: torch.device) -> None:
