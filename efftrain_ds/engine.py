@@ -188,7 +188,9 @@ class EfficientEngine:
         if self._pending is not None:
             return self._pending
         if self.rebuilder is None:
-            raise RebuildError("this engine cannot change parameters; use efftrain_ds.initialize(..., rebuildable=True)")
+            raise RebuildError(
+                "this engine cannot change parameters; use efftrain_ds.initialize(..., rebuildable=True)"
+            )
         return self.rebuilder.blueprint
 
     def rebuild(self, request: RebuildRequest) -> Report:

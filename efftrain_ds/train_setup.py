@@ -32,10 +32,10 @@ from .data.evaluation import EvalLoader
 from .data.loader import TicketSpec, TrainLoader
 from .data.manifest import Manifest, load_manifest
 from .engine import EfficientEngine
-from .startup import initialize
 from .lr_schedule import ProgressLR
 from .models.adapters import create_model, no_weight_decay_groups
 from .planning import make_plan, precision_of, zero_stage_of
+from .startup import initialize
 
 logger = logging.getLogger(__name__)
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

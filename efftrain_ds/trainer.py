@@ -59,7 +59,11 @@ class Trainer:
     """
 
     def __init__(
-        self, config: LoadedConfig, *, measure_steps: int | None = None, cut: Callable[[PricedPlan], PricedPlan] | None = None
+        self,
+        config: LoadedConfig,
+        *,
+        measure_steps: int | None = None,
+        cut: Callable[[PricedPlan], PricedPlan] | None = None,
     ):
         self.config = config
         self.measuring = measure_steps is not None
@@ -289,12 +293,13 @@ class Trainer:
             self.journal.write(event, step=at, **data)
         if event == "rebuild":
             before, after = data["parameters"]
-            counts = f"{before / 1e6:.3g} M -> {after / 1e6:.3g} M trainable parameters" if before != after else "parameters"
+            counts = f"{before / 1e6:.3g} M -> {after / 1e6:.3g} M trainable parameters"
             self.console.write(f"rebuild  {data['reason']}: {counts} in {data['seconds']:.2f} s")
         if self.board is not None and event in _SHOWN:
             self.board.text(event, json.dumps(data, indent=1, default=str), at)
             if event == "rebuild":
-                self.board.scalars({"rebuild/seconds": data["seconds"], "rebuild/parameters": data["parameters"][1]}, at)
+                values = {"rebuild/seconds": data["seconds"], "rebuild/parameters": data["parameters"][1]}
+                self.board.scalars(values, at)
 
     def _open_logs(self, resumed: str | None) -> None:
         run, enabled = self.run_parts, self.run_parts.rank == 0 and not self.measuring
@@ -363,7 +368,8 @@ class Trainer:
 
     def _replan(self) -> None:
         """Price the plan anew: a method may have chosen what earlier was only assumed."""
-        if self.measuring or not any(m.alternatives(self.schedule.spec) or m.architecture() for m in self.engine.methods):
+        spec = self.schedule.spec
+        if self.measuring or not any(m.alternatives(spec) or m.architecture() for m in self.engine.methods):
             return
         self.plan = make_plan(
             self.config,

@@ -1,4 +1,4 @@
-"""Keeping some parameters exactly as they are through an optimizer step: weights, moments and average alike."""
+"""Keeping some parameters exactly as they are through an optimizer step: weights and moments."""
 
 from __future__ import annotations
 

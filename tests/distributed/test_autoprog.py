@@ -19,9 +19,7 @@ MANUAL = {
 SEARCHED = {
     "efftrain/model/kwargs": MODEL,
     "efftrain/data/samples": 6000,
-    "efftrain/methods": {
-        "autoprog": {"stages": 3, "search": {"epochs": 0.012, "probe_samples": 24, "cost": "macs"}}
-    },
+    "efftrain/methods": {"autoprog": {"stages": 3, "search": {"epochs": 0.012, "probe_samples": 24, "cost": "macs"}}},
 }
 STACKED = {
     "efftrain/model/kwargs": MODEL,

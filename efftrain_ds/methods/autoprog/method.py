@@ -222,8 +222,10 @@ class AutoProg(Method):
         if not self._grows() or depth == self._depth:
             return None
         paths = paths_for(ctx.engine.blueprint, search.base, depth)
+        request = select_request(ctx.engine.blueprint, paths)
+        ctx.record("growth", depth=[self._depth, depth], operator="select", map=request.table())
         self._depth = depth
-        return select_request(ctx.engine.blueprint, paths)
+        return request
 
     def on_rebuilt(self, ctx: Context) -> None:
         """The module is new: set what is not a parameter."""
@@ -356,7 +358,9 @@ class AutoProg(Method):
             if self.search is not None and self.search.stage == stage.settings["growth"]:
                 depths = sorted({d for d, _ in self.search.options})
                 sides = sorted({r for _, r in self.search.options})
-                words = [f"d{depths[0]}-{depths[-1]}"] * bool(depths[-1]) + [f"R{sides[0]}-{sides[-1]}"] * bool(sides[-1])
+                words = [f"d{depths[0]}-{depths[-1]}"] * bool(depths[-1]) + [f"R{sides[0]}-{sides[-1]}"] * bool(
+                    sides[-1]
+                )
                 return " ".join(["search", *words])
             return "search"
         size = self.decided.get(stage.settings.get("growth", -1))
@@ -368,7 +372,5 @@ class AutoProg(Method):
 def _search_span(ctx: Context, number: int) -> tuple[int, int]:
     """First step and end of the search of a growth stage (other methods' edges may have cut it)."""
     assert ctx.schedule is not None
-    steps = [
-        s for s in ctx.schedule.stages if s.settings.get("search") and s.settings.get("growth") == number
-    ]
+    steps = [s for s in ctx.schedule.stages if s.settings.get("search") and s.settings.get("growth") == number]
     return steps[0].start_step, steps[-1].end_step
