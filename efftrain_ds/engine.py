@@ -200,7 +200,8 @@ class EfficientEngine:
             RebuildError: the request does not fit (nothing was touched), or carrying it out failed (the state before
                 is restored).
         """
-        assert self.blueprint is not None and self.rebuilder is not None
+        assert self.blueprint is not None
+        assert self.rebuilder is not None
         step = self.context.step
         plan = self.rebuilder.plan(self.deepspeed_engine, request, step=step, ema=self.ema)
         parent = digest(self.rebuilder.blueprint)

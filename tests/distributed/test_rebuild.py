@@ -104,7 +104,19 @@ def test_identity_with_cpu_adam(ranks, optimizer_extensions, stage, dtype):
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(("stage", "dtype"), [(0, "fp32"), (0, "bf16"), (1, "bf16"), (2, "bf16"), (3, "bf16")])
 def test_identity_with_fused_adam(ranks, optimizer_extensions, stage, dtype):
+    """Exact, with two oddities of its CPU form at stage 0.
+
+    In fp32 only the last parameter of a group counts steps; a rebuild gives all of them the group's count. In bf16 the
+    constructor takes a step, which puts the extension's running product of betas (one a process) on another last bit.
+    """
     for result in ranks(jobs.identity_job, stage, dtype, {"optimizer": "ds"}):
+        if stage == 0 and dtype == "bf16":
+            _exact(result, keeps_on=False)
+            assert result["losses"] <= 1e-2
+            assert result["end_error"] <= 1e-3
+            continue
+        for part in ("at_rebuild", "end"):
+            result[part] = [name for name in result[part] if name != "steps" or stage]
         _exact(result)
 
 
@@ -211,8 +223,6 @@ REFUSED = {
     "ranks differ": "rank 1 asks for another change than rank 0",
     "state": "history (Tensor), which cannot be moved",
     "class": "Other is not supported",
-    "round_robin_gradients": "round_robin_gradients: not supported",
-    "fp16 stage 0": "use stage 1, 2 or 3",
     "zero_hpz_partition_size": "zero_hpz_partition_size: not supported",
     "zero_quantized_weights": "zero_quantized_weights: not supported",
     "zenflow": "zenflow: not supported",
@@ -227,6 +237,18 @@ def test_refusals_touch_nothing(ranks, what):
     for result in results:
         assert REFUSED[what] in result["text"]
         assert result["untouched"]
+
+
+@pytest.mark.parametrize(
+    ("stage", "dtype", "extra", "text"),
+    [
+        (2, "fp32", {"round_robin_gradients": True, "ema": False}, "round_robin_gradients: not supported"),
+        (0, "fp16", {}, "use stage 1, 2 or 3"),
+    ],
+)
+def test_what_cannot_be_rebuilt_is_refused_at_the_start(ranks, stage, dtype, extra, text):
+    for found in ranks(jobs.start_refusal_job, stage, dtype, extra):
+        assert text in found
 
 
 @pytest.mark.parametrize(

@@ -211,14 +211,16 @@ class AutoProg(Method):
     def _choose(self, ctx: Context) -> RebuildRequest | None:
         """End the search: the chosen sub-network keeps the weights it was trained with."""
         search, settings = self.search, self.config.search
-        assert search is not None and settings is not None
+        assert search is not None
+        assert settings is not None
+        self._drawn = None  # or the end of the measurement would bring back the path of the last step
         self._set_paths(ctx, None)
         search.measure(ctx, settings.probe_samples, resized)
         chosen, choice = search.finish(ctx, settings.cost, self._alphas[-1] if self._alphas else None)
         self._alphas.append(choice.alpha)
         self.decided[search.stage] = chosen
         depth = search.depth(chosen)
-        self.search = self._drawn = None
+        self.search = None
         if not self._grows() or depth == self._depth:
             return None
         paths = paths_for(ctx.engine.blueprint, search.base, depth)
@@ -247,7 +249,8 @@ class AutoProg(Method):
         search = self.search
         if search is None:
             return
-        assert ctx.schedule is not None and ctx.stage is not None and self.config.search is not None
+        assert ctx.schedule is not None
+        assert self.config.search is not None
         start, end = _search_span(ctx, search.stage)
         spec = ctx.schedule.spec
         epoch = spec.samples / spec.batch if spec.samples else float(end - start)
