@@ -24,6 +24,7 @@ from .core.method import Method
 from .core.timeline import Schedule, Stage
 from .zero import access
 from .zero.blueprint import copy_blueprint, digest
+from .zero.bundle import rng_state, set_rng_state
 from .zero.ema import ShardedEma
 from .zero.rebuild import Rebuilder, Report
 from .zero.request import RebuildRequest, compose_requests
@@ -225,15 +226,14 @@ class EfficientEngine:
     def _run_requests(self, requests: Iterator[RebuildRequest | None]) -> None:
         """Several requests of one boundary become one rebuild; each sees the module with those before it applied."""
         combined: RebuildRequest | None = None
+        random = rng_state()  # trying a surgery out must not move the run's random numbers
         try:
             for request in requests:
                 if request is None:
                     continue
-                if combined is None:
-                    combined = request
-                else:
-                    combined = compose_requests(combined, request)
+                combined = request if combined is None else compose_requests(combined, request)
                 self._pending = request.surgery(copy_blueprint(self.blueprint))
+                set_rng_state(random)
         finally:
             self._pending = None
         if combined is not None:
