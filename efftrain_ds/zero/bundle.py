@@ -53,6 +53,8 @@ class Bundle:
 
 def capture(engine: Any, ema: ShardedEma | None) -> Bundle:
     """Views and small values of everything that must survive. Collective (tables of step counts)."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()  # copies of an offloaded optimizer may still be on their way
     rng = rng_state()
     layout = access.layout_of(engine)
     frozen, replicated, frozen_shapes = access.frozen_fragments(engine)

@@ -180,7 +180,7 @@ class Rebuilder:
         rng = rng_state()
         del engine
         self._tear_down(holder)
-        self._build(holder, blueprint, groups, skeleton, "creating the engine failed", clear=True)
+        self._build(holder, blueprint, groups, skeleton, "creating the engine failed")
         self.blueprint, self.groups = blueprint, groups
         engine = holder.deepspeed_engine
         access.set_batch(engine, *batch)
@@ -205,7 +205,6 @@ class Rebuilder:
         groups: GroupPlan,
         skeleton: tuple[torch.dtype, torch.device],
         what: str,
-        clear: bool = False,
     ) -> None:
         module, problem = None, None
         try:

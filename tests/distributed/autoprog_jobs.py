@@ -10,9 +10,7 @@ import efftrain_ds
 from efftrain_ds.core.batch import Batch
 from efftrain_ds.core.errors import EffTrainError
 from efftrain_ds.models.growth import interpolation
-from efftrain_ds.models.stacks import depth_of
 from efftrain_ds.zero import access
-from tests.distributed.train_jobs import go, run_config
 from tests.distributed.zero_jobs import dtype_of, full_state, same, weights
 
 SIDE, CLASSES = 32, 7
@@ -160,7 +158,7 @@ def skipped_job(stage: int, dtype: str) -> dict:
     """In a supernet, parameters of blocks that did not run keep masters, moments and weights, to the bit."""
     engine = start(stage, dtype, SEARCH, steps=24)
     moved, still, drawn, norms = [], 0, [], []
-    for step in range(4):
+    for step in range(3):
         engine.begin_step()
         method = engine.methods[0]
         drawn.append(method._drawn)
@@ -262,7 +260,16 @@ def bad_job(method: dict, changes: dict) -> str:
     return "no error"
 
 
-def plan_against_actual(folder: str) -> dict:
-    """Measure, then run EfficientTrain++ and AutoProg together; predicted against real seconds."""
-    trainer, _ = go(run_config(folder))
-    return {"seconds": sum(trainer.meter.stage_seconds.values()), "depth": depth_of(trainer.engine.module)}
+def back_to_back_job(stage: int) -> dict:
+    """Searches that fill their stages: one ends where the next begins."""
+    method = {**SEARCH, "search": {**SEARCH["search"], "epochs": 2}}
+    engine = start(stage, "fp32", method, steps=24)
+    sizes = []
+    for step in range(24):
+        engine.begin_step()
+        searching = engine.methods[0].search
+        sizes.append((len(engine.module.blocks), searching.stage if searching is not None else None))
+        one_step(engine, step)
+    result = {"sizes": sizes, "decided": engine.methods[0].decided, "rebuilds": [r["reason"] for r in engine.rebuilds]}
+    engine.destroy()
+    return result

@@ -90,16 +90,25 @@ def test_search(ranks, stage, dtype):
     assert any("<- chosen" in line for text in first["lines"] for line in text)
 
 
+def test_a_search_may_fill_its_stage(ranks):
+    first, second = ranks(jobs.back_to_back_job, 1)
+    assert first == second
+    assert [s for _, s in first["sizes"]] == [0] * 8 + [1] * 8 + [None] * 8
+    assert first["sizes"][-1][0] == 6
+    assert sorted(first["decided"]) == [0, 1, 2]
+    assert first["decided"][2] == (6, 32)
+
+
 @pytest.mark.parametrize(
     ("changes", "stage", "stops"),
     [
         (MANUAL, 0, [5, 7]),
-        (MANUAL, 1, [5, 12, 15]),
+        (MANUAL, 1, [5, 12]),
         (MANUAL, 2, [10]),
-        (MANUAL, 3, [5, 13]),
+        (MANUAL, 3, [5]),
         (SEARCHED, 0, [2, 3]),
-        (SEARCHED, 1, [1, 3, 5, 7, 8, 14]),
-        (SEARCHED, 3, [2, 7, 9]),
+        (SEARCHED, 1, [1, 3, 7, 8]),
+        (SEARCHED, 3, [8]),
         (STACKED, 1, [5, 8, 16]),
         (STACKED, 2, [11]),
     ],
