@@ -6,6 +6,7 @@ Three depths of use: (1) `initialize` with DeepSpeed's signature and an unchange
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -19,13 +20,15 @@ from torch import Tensor, nn
 from .checkpoint import store
 from .core.batch import Batch
 from .core.context import Context
-from .core.errors import CheckpointError, ConfigError, NoEffectWarning, RebuildError
+from .core.errors import CheckpointError, ConfigError, EffTrainError, NoEffectWarning, RebuildError
 from .core.method import Method
 from .core.timeline import Schedule, Stage
 from .zero import access
 from .zero.blueprint import copy_blueprint, digest
 from .zero.bundle import rng_state, set_rng_state
+from .zero.checks import agree, agree_equal, text_of
 from .zero.ema import ShardedEma
+from .zero.groups import BIRTH
 from .zero.rebuild import Rebuilder, Report
 from .zero.request import RebuildRequest, compose_requests
 
@@ -83,6 +86,8 @@ class EfficientEngine:
             self.context.record = record
         own["_owns_batch"] = owns_batch
         own["_begun"] = False
+        own["_in_flight"] = False
+        own["_evaluating"] = False
         own["_prepared"] = False
         own["_hooks"] = {
             hook: [m for m in methods if getattr(type(m), hook) is not getattr(Method, hook)] for hook in _HOOKS
@@ -131,6 +136,7 @@ class EfficientEngine:
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> Any:
         """DeepSpeed's backward; the next forward pass is of another batch."""
         self._prepared = False
+        self._in_flight = True
         return self.deepspeed_engine.backward(loss, *args, **kwargs)
 
     # -- the loop ----------------------------------------------------------------------------------------------
@@ -158,9 +164,24 @@ class EfficientEngine:
         if self.schedule is not None:
             stage = self.schedule.stage_at(ctx.step)
             if stage is not ctx.stage:
-                self._enter_stage(stage)
+                self._try_to_enter(stage)
         for method in self._hooks["on_step_start"]:
             method.on_step_start(ctx)
+
+    def _try_to_enter(self, stage: Stage) -> None:
+        """Enter a stage; where that fails, step and methods are as before, so that it can be tried or left again."""
+        ctx = self.context
+        before, states = ctx.stage, copy.deepcopy({m.name: m.state_dict() for m in self.methods})
+        try:
+            self._enter_stage(stage)
+        except BaseException:
+            ctx.stage, self._begun = before, False
+            for method in self.methods:
+                method.load_state_dict(states[method.name])
+            if self.rebuilder is not None and self.deepspeed_engine is not None:
+                for method in self.methods:  # a roll-back has made the module anew
+                    method.on_rebuilt(ctx)
+            raise
 
     def _enter_stage(self, stage: Stage) -> None:
         ctx = self.context
@@ -203,12 +224,15 @@ class EfficientEngine:
         """
         assert self.blueprint is not None
         assert self.rebuilder is not None
+        self._refuse_in_flight(RebuildError, "parameters can change")
         step = self.context.step
         plan = self.rebuilder.plan(self.deepspeed_engine, request, step=step, ema=self.ema)
         parent = digest(self.rebuilder.blueprint)
-        report = self.rebuilder.execute(self, plan)
-        if self._compile is not None:
-            self.deepspeed_engine.compile(*self._compile[0], **self._compile[1])
+        try:
+            report = self.rebuilder.execute(self, plan)
+        finally:  # also after a roll-back
+            if self._compile is not None and self.deepspeed_engine is not None:
+                self.deepspeed_engine.compile(*self._compile[0], **self._compile[1])
         self.rebuilds.append(
             {"step": step, "reason": request.reason, "parent": parent, "child": digest(self.rebuilder.blueprint)}
         )
@@ -223,19 +247,42 @@ class EfficientEngine:
             method.on_rebuilt(self.context)
         return report
 
+    def _refuse_in_flight(self, kind: type[Exception], what: str) -> None:
+        if self._evaluating:
+            raise kind(f"{what} only outside an evaluation")
+        if self._in_flight:
+            raise kind(f"{what} only between optimizer steps (accumulation is in flight)")
+
     def _run_requests(self, requests: Iterator[RebuildRequest | None]) -> None:
         """Several requests of one boundary become one rebuild; each sees the module with those before it applied."""
         combined: RebuildRequest | None = None
-        random = rng_state()  # trying a surgery out must not move the run's random numbers
+        problem: Exception | None = None
         try:
             for request in requests:
                 if request is None:
                     continue
                 combined = request if combined is None else compose_requests(combined, request)
-                self._pending = request.surgery(copy_blueprint(self.blueprint))
-                set_rng_state(random)
+                random = rng_state()
+                try:
+                    self._pending = request.surgery(copy_blueprint(self.blueprint))
+                finally:
+                    set_rng_state(random)  # trying a surgery out must not move the run's random numbers
+        except Exception as error:
+            if self.rebuilder is None:
+                raise
+            problem = error
         finally:
             self._pending = None
+        if self.rebuilder is not None:
+            what = "asking for a change of parameters"
+            if problem is None or not isinstance(problem, EffTrainError):
+                agree(text_of(problem) if problem is not None else None, what)
+            else:
+                try:
+                    agree(text_of(problem), what)
+                except RebuildError as error:
+                    raise problem from error  # its own kind says more
+            agree_equal(str(combined is not None), what)
         if combined is not None:
             self.rebuild(combined)
 
@@ -289,6 +336,7 @@ class EfficientEngine:
         if self._plain:
             if engine.is_gradient_accumulation_boundary():
                 self.context.step += 1
+                self._in_flight = False
             engine.step(*args, **kwargs)
             return
         boundary = engine.is_gradient_accumulation_boundary()
@@ -298,6 +346,7 @@ class EfficientEngine:
                 method.on_boundary(ctx)
         engine.step(*args, **kwargs)
         if boundary:
+            self._in_flight = False
             applied = engine.was_step_applied()
             for method in self._hooks["on_step_end"]:
                 method.on_step_end(ctx, applied)
@@ -319,16 +368,18 @@ class EfficientEngine:
         if ema and self.ema is None:
             raise ConfigError("no average is kept; set efftrain.model.ema")
         module = self.deepspeed_engine.module
-        was_training = module.training
+        was_training, nested = module.training, self._evaluating
         with ExitStack() as stack:
             for method in self.methods:
                 stack.enter_context(method.on_eval(self.context))
             if ema:
                 stack.enter_context(self.ema.swap())
             self.deepspeed_engine.eval()
+            self._evaluating = True
             try:
                 yield
             finally:
+                self._evaluating = nested
                 self.deepspeed_engine.train(was_training)
 
     # -- state -------------------------------------------------------------------------------------------------
@@ -361,21 +412,66 @@ class EfficientEngine:
         if saved is None or self.rebuilder is None:
             return
         if saved["digest"] != digest(self.rebuilder.blueprint) or saved["groups"] != self.rebuilder.groups.to_plain():
+            blueprint = self._shaped(saved, path)
+            groups = self.rebuilder.groups.with_members(saved["groups"])
+            try:
+                self.rebuilder.recreate(self, blueprint, groups)
+            except Exception as error:
+                raise CheckpointError(f"{path}: {error}; the engine is gone, start anew") from error
+            if self._compile is not None:
+                self.deepspeed_engine.compile(*self._compile[0], **self._compile[1])
+        self.rebuilds[:] = saved["history"]
+
+    def _saved_architecture(self, path: Path) -> dict[str, Any] | None:
+        """The architecture of a checkpoint, read and tried out on every rank before anything is touched. Collective.
+
+        Raises:
+            CheckpointError: on all ranks, where one of them cannot read it or it does not fit.
+        """
+        found, problem = None, None
+        try:
+            extra = store.read_extra(path)
+            self._check_state(extra)
+            found = extra["efftrain"].get("architecture")
+            if found is not None:
+                self._shaped(found, path)
+        except Exception as error:
+            problem = text_of(error)
+        try:
+            agree(problem, str(path))
+        except RebuildError as error:
+            raise CheckpointError(problem or str(error)) from error
+        return found
+
+    def _shaped(self, saved: dict[str, Any], path: Path) -> nn.Module:
+        """The blueprint of a checkpoint's architecture; nothing is touched yet.
+
+        Raises:
+            CheckpointError: the model cannot become it, or the parameter groups are others.
+        """
+        assert self.rebuilder is not None
+        if saved["digest"] == digest(self.rebuilder.blueprint):  # the user's loop has brought it here; groups differ
+            blueprint = copy_blueprint(self.rebuilder.blueprint)
+        else:
             if self._original is None:
                 raise CheckpointError(f"{path}: the checkpoint has another architecture and no blueprint is kept")
             blueprint = copy_blueprint(self._original)
             for method in self.methods:
                 blueprint = method.shape_model(blueprint, saved["methods"][method.name])
-            if digest(blueprint) != saved["digest"]:
-                raise CheckpointError(
-                    f"{path}: the checkpoint belongs to another model (architecture {saved['digest']}, "
-                    f"this one becomes {digest(blueprint)})"
-                )
-            groups = self.rebuilder.groups.with_members(saved["groups"])
-            self.rebuilder.recreate(self, blueprint, groups)
-            if self._compile is not None:
-                self.deepspeed_engine.compile(*self._compile[0], **self._compile[1])
-        self.rebuilds[:] = saved["history"]
+        if digest(blueprint) != saved["digest"]:
+            raise CheckpointError(
+                f"{path}: the checkpoint belongs to another model (architecture {saved['digest']}, "
+                f"this one becomes {digest(blueprint)})"
+            )
+        trainable = {name for name, p in blueprint.named_parameters() if p.requires_grad}
+        named = {name for _, members in saved["groups"] for name in members}
+        parents = {str(label).split(BIRTH)[0] for label, _ in saved["groups"]}
+        if named != trainable or not parents <= set(self.rebuilder.groups.hypers):
+            raise CheckpointError(
+                f"{path}: the checkpoint has other parameter groups ({', '.join(sorted(parents))}) than this run "
+                f"({', '.join(self.rebuilder.groups.hypers)})"
+            )
+        return blueprint
 
     def load_efftrain_state(self, state: dict[str, Any]) -> None:
         """Restore what `efftrain_state` returned; the next step enters its stage anew."""
@@ -413,6 +509,8 @@ class EfficientEngine:
         """
         if exclude_frozen_parameters:
             raise CheckpointError("save_checkpoint: exclude_frozen_parameters=True is not supported")
+        if self._in_flight:
+            raise CheckpointError("a checkpoint can be saved only between optimizer steps (accumulation is in flight)")
         store.save(
             self.deepspeed_engine,
             save_dir,
@@ -446,10 +544,8 @@ class EfficientEngine:
         if path is None:
             return None, None
         full = load_optimizer_states and not load_module_only
-        state = store.read_extra(path).get("efftrain") if self.rebuilder is not None else None
-        if state is not None:
-            self._check_state({"efftrain": state})
-            self._adopt_architecture(state.get("architecture"), path)
+        if full and self.rebuilder is not None:
+            self._adopt_architecture(self._saved_architecture(path), path)
         loaded = store.load(
             self.deepspeed_engine,
             path,
@@ -460,6 +556,7 @@ class EfficientEngine:
         )
         if full:
             self.load_efftrain_state(loaded.extra["efftrain"])
+            self._in_flight = False
             if self.rebuilder is not None:
                 for method in self.methods:
                     method.on_rebuilt(self.context)

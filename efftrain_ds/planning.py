@@ -394,7 +394,8 @@ def outcomes(plan: PricedPlan, meter: StepMeter) -> list[StageOutcome]:
 def measured_throughput(plan: PricedPlan, meter: StepMeter) -> Throughput:
     """A profile of this machine from the step times of a run, for ``efftrain plan --throughput``.
 
-    Stages that do the same work are told apart by their setting only; the longest one of each setting is kept.
+    Stages that do the same work are told apart by their setting only; the longest one of each setting is kept. A stage
+    that searches among sub-networks is left out: its steps are of many sizes.
     """
     import torch
 
@@ -402,7 +403,8 @@ def measured_throughput(plan: PricedPlan, meter: StepMeter) -> Throughput:
     best: dict[Hashable, Measured] = {}
     for s in plan.stages:
         median = meter.stage_median(s.stage.index)
-        if median is None:
+        settings = s.stage.settings
+        if median is None or (settings.get("search") and "unfrozen" not in settings):
             continue
         seconds, n = median
         side = bandwidth_of(s.stage.settings, spec.resolution)

@@ -166,6 +166,7 @@ def build(
     methods = build_methods(config)
     profile = _profile(output / "throughput.json", config, world)
     plan = make_plan(config, world=world, samples=train_manifest.samples, throughput=profile, methods=methods)
+    whole = plan.schedule
     if measure_steps is not None:
         plan = shortened(plan, measure_steps)
     elif cut is not None:
@@ -185,7 +186,7 @@ def build(
     engine, *_ = initialize(
         model=model,
         model_parameters=no_weight_decay_groups(model, decay),
-        lr_scheduler=None if "scheduler" in config.deepspeed else _scheduler_factory(config, schedule),
+        lr_scheduler=None if "scheduler" in config.deepspeed else _scheduler_factory(config, schedule, whole),
         config=config,
         schedule=schedule,
         methods=methods,
@@ -220,13 +221,13 @@ def build(
     )
 
 
-def _scheduler_factory(config: LoadedConfig, schedule: Schedule) -> Any:
-    optim = config.efftrain.optim
-    spec = schedule.spec
-    per_epoch = spec.samples / spec.batch if spec.samples else schedule.total_steps
-    steps = parse_duration(optim.warmup).steps(per_epoch, schedule.total_steps) or 0
-    unit = parse_duration(optim.warmup).unit
-    warmup = parse_duration(optim.warmup).value / 100 if unit == "%" else schedule.progress(steps)
+def _scheduler_factory(config: LoadedConfig, schedule: Schedule, whole: Schedule) -> Any:
+    """Makes the scheduler of `schedule`; the warm-up is a share of `whole`, of which `schedule` may be a part."""
+    optim, duration = config.efftrain.optim, parse_duration(config.efftrain.optim.warmup)
+    spec = whole.spec
+    per_epoch = spec.samples / spec.batch if spec.samples else whole.total_steps
+    steps = duration.steps(per_epoch, whole.total_steps) or 0
+    warmup = duration.value / 100 if duration.unit == "%" else whole.progress(steps)
 
     def make(optimizer: Any) -> ProgressLR:
         return ProgressLR(optimizer, schedule, warmup=warmup, min_lr=optim.min_lr, shape=optim.schedule)

@@ -121,7 +121,8 @@ class Trainer:
         set_step = getattr(engine.lr_scheduler, "set_step", None)  # ours; a rebuild replaces it
         if set_step is not None:
             set_step(step)
-        with self.chrono.during("growth" if self.schedule.stage_at(step) is not engine.context.stage else "train"):
+        # changes of parameters and the measurements of a search; next to nothing in the other steps
+        with self.chrono.during("growth"):
             engine.begin_step()
         self.meter.begin()
         stage = engine.context.stage
@@ -368,8 +369,7 @@ class Trainer:
 
     def _replan(self) -> None:
         """Price the plan anew: a method may have chosen what earlier was only assumed."""
-        spec = self.schedule.spec
-        if self.measuring or not any(m.alternatives(spec) or m.architecture() for m in self.engine.methods):
+        if self.measuring or not any(m.changes_parameters for m in self.engine.methods):
             return
         self.plan = make_plan(
             self.config,
@@ -471,7 +471,7 @@ class Trainer:
 
     def _finish(self) -> None:
         stages = outcomes(self.plan, self.meter)
-        others = {name: seconds for name, seconds in self.chrono.seconds.items() if name != "train"}
+        others = {name: seconds for name, seconds in self.chrono.seconds.items() if name != "train" and seconds > 0.05}
         self.console.write(final_table(stages, others))
         self._store_throughput()
         self._record(

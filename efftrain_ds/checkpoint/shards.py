@@ -50,7 +50,7 @@ def write_rank(
     index: list[list] = []
     scalars: list[dict] = []
     if not (layout.replicated and rank > 0):
-        sources = {key: layout.tensors(key) for key in ["fp32", *layout.state_keys()]}
+        sources = {key: layout.tensors(key, create=False) for key in ["fp32", *layout.state_keys()]}
         if shadow is not None:
             sources["ema"] = shadow
         for key, flats in sources.items():
@@ -89,7 +89,7 @@ class ShardReader:
         self._open: dict[Path, Any] = {}
         for rank in range(world):
             document = self.rank_document(rank)
-            self.keys = document.get("keys", self.keys)
+            self.keys += [key for key in document.get("keys", ()) if key not in self.keys]
             path = folder / f"rank-{rank:05d}.safetensors"
             for name, start, length, flat, offset in document["fragments"]:
                 source = _Source(path, start, length, flat, offset, document["scalars"][flat])
@@ -171,6 +171,13 @@ def read_into(reader: ShardReader, layout: Layout, shadow: list[Tensor] | None, 
         for target, master in zip(shadow, layout.tensors("fp32"), strict=True):
             target.copy_(master)
     if not optimizer_state:
+        return
+    if not set(reader.keys) - {"fp32", "ema"}:  # saved before the first step, or just after a reset
+        for number, flat in enumerate(layout.flats):
+            for key in layout.state_keys():
+                if key in layout.base.state.get(flat.master, {}):
+                    layout.base.state[flat.master][key].zero_()
+            layout.set_scalars(number, dict.fromkeys(layout.scalars(number), 0.0))
         return
     seen: dict[int, dict[str, float]] = {}
     for fragment in layout.fragments:

@@ -116,12 +116,19 @@ class Layout:
         """View of one fragment in a list of tensors that parallels `flats`. [length]"""
         return tensors[fragment.flat].view(-1).narrow(0, fragment.offset, fragment.length)
 
-    def tensors(self, key: str) -> list[Tensor]:
-        """Tensors parallel to `flats` for "fp32" or a state key (zeros are created where there is no state yet)."""
+    def tensors(self, key: str, create: bool = True) -> list[Tensor]:
+        """Tensors parallel to `flats` for "fp32" or a state key.
+
+        Where there is no state yet, zeros are put into the optimizer; with `create` false they are only returned.
+        """
         if key == "fp32":
             return [flat.master.data for flat in self.flats]
         found = []
         for flat in self.flats:
+            if not create:
+                value = self.base.state.get(flat.master, {}).get(key)
+                found.append(torch.zeros_like(flat.master.data) if value is None else value)
+                continue
             state = self.base.state[flat.master]
             if key not in state:
                 state[key] = torch.zeros_like(flat.master.data)
@@ -410,14 +417,6 @@ def frozen_fragments(engine: Any) -> tuple[list[tuple[str, int, Tensor]], frozen
     return held, frozenset(replicated), shapes
 
 
-def refresh_frozen(engine: Any) -> None:
-    """Let ZeRO-3 read the frozen weights' partitions anew where it keeps whole copies. Collective."""
-    optimizer = engine.optimizer
-    if _class_name(optimizer) == _ZERO3:
-        optimizer.checkpoint_event_prologue()
-        optimizer.checkpoint_event_epilogue()
-
-
 def zero_skipped_gradients(engine: Any, names: Iterable[str]) -> None:
     """Set the gradients of parameters that took no part in this step to zero, before ``engine.step()``.
 
@@ -455,8 +454,20 @@ def unsupported(engine: Any) -> str | None:
         "sequence parallelism": getattr(engine, "seq_parallel_group", None) is not None
         and torch.distributed.get_world_size(engine.seq_parallel_group) > 1,
     }
+    checks["zero_optimization.offload_optimizer.ratio below 1"] = (
+        zero.offload_optimizer is not None and float(getattr(zero.offload_optimizer, "ratio", 1.0)) != 1.0
+    )
+    checks["fp16 with torch_autocast"] = getattr(optimizer, "torch_autocast_gradscaler", None) is not None
     found = [key for key, bad in checks.items() if bad]
-    return f"{found[0]}: not supported where parameters change in mid-run" if found else None
+    if found:
+        return f"{found[0]}: not supported where parameters change in mid-run"
+    try:
+        layout = layout_of(engine)
+    except EffTrainError as error:
+        return str(error)
+    if any("name" not in group for group in layout.base.param_groups):
+        return "the optimizer function drops the names of the parameter groups, which a change of parameters needs"
+    return None
 
 
 def _device(section: Any) -> str:

@@ -42,6 +42,7 @@ class Bundle:
     carried: dict[str, Any]
     scheduler: dict[str, Any] | None
     training: bool
+    modes: dict[str, bool]
     average: tuple[float, bool, int] | None
     rng: dict[str, Any] = field(default_factory=dict)
 
@@ -64,7 +65,7 @@ def capture(engine: Any, ema: ShardedEma | None) -> Bundle:
         keys = [None] * world_size()
         dist.all_gather_object(keys, layout.state_keys())
     for key in sorted({k for of_rank in keys for k in of_rank}):
-        held[key] = held_in(layout, layout.tensors(key))
+        held[key] = held_in(layout, layout.tensors(key, create=False))
     if ema is not None:
         held["ema"] = held_in(layout, ema.shadow)
     held["fp32"] += [Held(name, start, values) for name, start, values in frozen]
@@ -84,6 +85,7 @@ def capture(engine: Any, ema: ShardedEma | None) -> Bundle:
         carried=carried,
         scheduler=scheduler.state_dict() if scheduler is not None else None,
         training=engine.module.training,
+        modes={name: module.training for name, module in engine.module.named_modules()},
         average=(ema.decay, ema.warmup, ema.updates) if ema is not None else None,
         rng=rng,
     )
@@ -130,14 +132,14 @@ def restore_buffers(module: nn.Module, old: Mapping[str, Tensor], maps: Mapping[
             buffer.copy_(old[source])
 
 
-def regrouped(state: Any, fresh: Any, old_count: int, rows: Sequence[int]) -> Any:
+def regrouped(state: Any, fresh: Any, old_count: int, rows: Sequence[int | None]) -> Any:
     """A scheduler's state with one entry a group in every list that had one a group.
 
     Args:
         state: of the old scheduler.
         fresh: of the new scheduler, before anything is loaded; tells lists that go by group from others (milestones).
         old_count: parameter groups before.
-        rows: for each new group the old group that it takes over.
+        rows: for each new group the old group that it takes over; None keeps the new scheduler's own value.
     """
     if isinstance(state, dict) and isinstance(fresh, dict):
         return {key: regrouped(value, fresh.get(key), old_count, rows) for key, value in state.items()}
@@ -146,7 +148,7 @@ def regrouped(state: Any, fresh: Any, old_count: int, rows: Sequence[int]) -> An
     if any(isinstance(value, dict) for value in state) and len(state) == len(fresh):  # schedulers in a scheduler
         return [regrouped(value, new, old_count, rows) for value, new in zip(state, fresh, strict=True)]
     by_group = len(state) == old_count and len(fresh) == len(rows) and state != fresh
-    return [state[row] for row in rows] if by_group else state
+    return [fresh[i] if row is None else state[row] for i, row in enumerate(rows)] if by_group else state
 
 
 def rng_state() -> dict[str, Any]:

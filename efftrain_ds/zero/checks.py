@@ -120,6 +120,9 @@ def check_maps(request: RebuildRequest, new: Mapping[str, torch.Size], old: Mapp
 def _piece_misfit(piece: Piece, old: torch.Size, new: torch.Size) -> str:
     if len(old) != len(new):
         return f"{len(old)} dimensions against {len(new)}"
+    odd = [dim for dim in (*piece.take, *piece.put) if not 0 <= dim < len(old)]
+    if odd:
+        return f"there is no dimension {odd[0]}"
     for dim, (have, want) in enumerate(zip(old, new, strict=True)):
         take = list(piece.take[dim]) if dim in piece.take else list(range(have))
         put = list(piece.put[dim]) if dim in piece.put else list(range(want))

@@ -257,9 +257,11 @@ class Exchange:
     ) -> None:
         needed = sorted({piece.source for piece in self.maps[name].pieces} & present)
         whole = {source: self.full(source, mine) for source in needed}
+        # drawn on every rank, so that a function that fails does so on all of them
+        first = initial(name)
         if not targets:
             return
-        result = mapped_values(key, self.maps[name], self.shapes[name], whole, initial(name), self.device)
+        result = mapped_values(key, self.maps[name], self.shapes[name], whole, first, self.device)
         for held in targets:
             held.values.copy_(result.reshape(-1)[held.start : held.start + held.values.numel()])
 

@@ -53,6 +53,9 @@ class GroupPlan:
                 if id(parameter) not in names:
                     raise ModelError(f'model_parameters: group "{label}" holds a parameter that is not in the model')
                 home[names[id(parameter)]] = label
+        left = [name for name, p in model.named_parameters() if p.requires_grad and name not in home]
+        if left:
+            raise ModelError(f"model_parameters: {', '.join(left[:3])} is trainable but in no group; freeze or add it")
         return cls(hypers, {}, home)
 
     def first(self, model: nn.Module) -> GroupPlan:

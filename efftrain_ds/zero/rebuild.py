@@ -111,8 +111,10 @@ class Rebuilder:
                 "optimizers whose state has the shape of the parameters (Adam, AdamW, SGD, Lion, ...)"
             )
         rng = rng_state()
-        blueprint = request.surgery(copy_blueprint(self.blueprint))
-        set_rng_state(rng)  # a surgery that constructs modules draws numbers for weights that nobody uses
+        try:
+            blueprint = request.surgery(copy_blueprint(self.blueprint))
+        finally:
+            set_rng_state(rng)  # a surgery that constructs modules draws numbers for weights that nobody uses
         shapes = {name: p.shape for name, p in blueprint.named_parameters()}
         old_shapes = {name: access.full_shape(p) for name, p in engine.module.named_parameters()}
         buffers = {name: b.shape for name, b in blueprint.named_buffers()}
@@ -121,6 +123,7 @@ class Rebuilder:
             known = {*shapes, *buffers}
             request = replace(request, maps={name: m for name, m in request.maps.items() if name in known})
         check_maps(request, {**shapes, **buffers}, {**old_shapes, **old_buffers})
+        _check_kinds(request, shapes, buffers, old_shapes, old_buffers)
         groups = self._groups_after(request, blueprint, step)
         trainable = [name for name, p in blueprint.named_parameters() if p.requires_grad]
         return RebuildPlan(request, blueprint, groups, shapes, old_shapes, trainable, step)
@@ -177,12 +180,14 @@ class Rebuilder:
         average = holder.ema and (holder.ema.decay, holder.ema.warmup)
         skeleton, training = _skeleton_of(engine), engine.module.training
         batch = (engine.train_micro_batch_size_per_gpu(), engine.gradient_accumulation_steps())
-        rng = rng_state()
+        rng, loader, hooks = rng_state(), engine.training_dataloader, hooks_of(engine.module)
         del engine
         self._tear_down(holder)
         self._build(holder, blueprint, groups, skeleton, "creating the engine failed")
         self.blueprint, self.groups = blueprint, groups
         engine = holder.deepspeed_engine
+        engine.training_dataloader = loader
+        put_hooks(hooks, engine.module)
         access.set_batch(engine, *batch)
         engine.train(training)
         if average:
@@ -287,9 +292,7 @@ class Rebuilder:
             exchange.move(key, bundle.held[key], targets, names=trainable, present=bundle.trainable)
             if not keep:
                 del bundle.held[key]
-        layout.push()
-        if frozen:
-            access.refresh_frozen(engine)
+        layout.push()  # ZeRO-3 reads the frozen partitions anew here too
         restore_buffers(engine.module, bundle.buffers, request.maps)
         self._continue(engine, layout, bundle, plan)
         clock.part("restore")
@@ -336,16 +339,43 @@ class Rebuilder:
         origins = [label if label in bundle.hypers else parents[label] for label in labels]
         order = list(bundle.hypers)
         if engine.lr_scheduler is not None and bundle.scheduler is not None:
-            rows = [order.index(o) if o in bundle.hypers else 0 for o in origins]
+            rows = [order.index(o) if o in bundle.hypers else None for o in origins]
             scheduler = engine.lr_scheduler
             scheduler.load_state_dict(regrouped(bundle.scheduler, scheduler.state_dict(), len(order), rows))
         for group in layout.base.param_groups:
             label = group["name"]
             origin = label if label in bundle.hypers else parents[label]
-            values = bundle.hypers.get(origin) or next(iter(bundle.hypers.values()))
-            group.update({k: v for k, v in values.items() if k not in ("name", "params")})
+            if origin in bundle.hypers:
+                group.update({k: v for k, v in bundle.hypers[origin].items() if k not in ("name", "params")})
+            else:
+                _join_schedule(group, next(iter(bundle.hypers.values())), engine.lr_scheduler)
         engine.train(bundle.training)
+        for name, module in engine.module.named_modules():
+            module.training = bundle.modes.get(name, module.training)
         set_rng_state(bundle.rng)
+
+
+def _check_kinds(request: RebuildRequest, shapes: Any, buffers: Any, old_shapes: Any, old_buffers: Any) -> None:
+    """Refuse values that would move between a parameter and a buffer.
+
+    Raises:
+        RebuildError: names both.
+    """
+    for names, old in ((shapes, old_shapes), (buffers, old_buffers)):
+        for name in names:
+            target = request.maps.get(name)
+            for source in [name] if target is None else [p.source for p in target.pieces]:
+                if source not in old:
+                    raise RebuildError(f"{name} <- {source}: values cannot move between a parameter and a buffer")
+
+
+def _join_schedule(group: dict[str, Any], other: dict[str, Any], scheduler: Any) -> None:
+    """Rate of a group that had no member until now: its own peak at the present point of the schedule."""
+    if group.get("initial_lr") and other.get("initial_lr"):  # torch's schedulers
+        group["lr"] = group["initial_lr"] * other["lr"] / other["initial_lr"]
+    elif type(scheduler).__module__.startswith("deepspeed"):  # one rate for all groups
+        group["lr"] = other["lr"]
+    # ours has set it already
 
 
 def _skeleton_of(engine: Any) -> tuple[torch.dtype, torch.device]:
@@ -369,7 +399,12 @@ class _Initial:
         if init is None:
             return None
         drawn_as = init.name if isinstance(init, DrawnAs) else name
-        return init(self.shapes[name], torch_rng("cpu", self.seed, "rebuild", self.step, drawn_as)).float()
+        values = init(self.shapes[name], torch_rng("cpu", self.seed, "rebuild", self.step, drawn_as))
+        if values.shape != self.shapes[name]:
+            raise RebuildError(
+                f"{name}: initial values of shape {list(values.shape)}, needed {list(self.shapes[name])}"
+            )
+        return values.float()
 
 
 class _Clock:

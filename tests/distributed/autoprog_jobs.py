@@ -273,3 +273,31 @@ def back_to_back_job(stage: int) -> dict:
     result = {"sizes": sizes, "decided": engine.methods[0].decided, "rebuilds": [r["reason"] for r in engine.rebuilds]}
     engine.destroy()
     return result
+
+
+def resolution_only_job(stage: int) -> dict:
+    """A search that leaves the depth alone."""
+    method = {**SEARCH, "depth_start": None}
+    engine = start(stage, "fp32", method, steps=24)
+    sides, rates = [], []
+    for step in range(24):
+        engine.begin_step()
+        sides.append(engine.methods[0]._side(engine.context))
+        rates.append(engine.module.blocks[-1].drop_path1.drop_prob)
+        one_step(engine, step)
+    result = {"sides": sides, "rates": rates, "decided": engine.methods[0].decided, "rebuilds": len(engine.rebuilds)}
+    engine.destroy()
+    return result
+
+
+def own_schedule_job() -> dict:
+    """An own schedule that says nothing of drop path: the model's rate is spread over the depth of each stage."""
+    schedule = [{"until": 0.5, "depth": 3}, {"until": 1.0, "depth": 6}]
+    engine = start(1, "fp32", {"schedule": schedule}, steps=4)
+    rates = []
+    for step in range(4):
+        engine.begin_step()
+        rates.append([b.drop_path1.drop_prob for b in engine.module.blocks])
+        one_step(engine, step)
+    engine.destroy()
+    return {"first": rates[0], "last": rates[-1]}

@@ -16,6 +16,7 @@ MANUAL = {
     "efftrain/methods": {"autoprog": {"stages": 4}},
     "efftrain/data/erasing": 0.25,
 }
+NO_RATE = {**MANUAL, "efftrain/methods": {"autoprog": {"stages": 4, "drop_path_start": None}}}
 SEARCHED = {
     "efftrain/model/kwargs": MODEL,
     "efftrain/data/samples": 6000,
@@ -90,6 +91,24 @@ def test_search(ranks, stage, dtype):
     assert any("<- chosen" in line for text in first["lines"] for line in text)
 
 
+def test_a_search_of_the_resolution_alone(ranks):
+    first, second = ranks(jobs.resolution_only_job, 1)
+    assert first == second
+    assert first["rebuilds"] == 0
+    assert set(first["sides"][:4]) <= {16, 24, 32}
+    assert first["sides"][-1] == 32
+    assert all(size[0] == 0 for size in first["decided"].values())
+    assert first["rates"][0] == pytest.approx(0.1)  # a search runs at full strength
+    assert first["rates"][5] == pytest.approx(0.0)
+    assert first["rates"][-1] == pytest.approx(0.1)
+
+
+def test_own_schedule_keeps_the_models_drop_path(ranks):
+    (result, _) = ranks(jobs.own_schedule_job)
+    assert result["first"] == pytest.approx([0.0, 0.05, 0.1])
+    assert result["last"] == pytest.approx([0.1 * i / 5 for i in range(6)])
+
+
 def test_a_search_may_fill_its_stage(ranks):
     first, second = ranks(jobs.back_to_back_job, 1)
     assert first == second
@@ -104,7 +123,7 @@ def test_a_search_may_fill_its_stage(ranks):
     [
         (MANUAL, 0, [5, 7]),
         (MANUAL, 1, [5, 12]),
-        (MANUAL, 2, [10]),
+        (NO_RATE, 2, [10, 12]),
         (MANUAL, 3, [5]),
         (SEARCHED, 0, [2, 3]),
         (SEARCHED, 1, [1, 3, 7, 8]),
@@ -141,6 +160,7 @@ def test_one_rank_resumes_in_mid_search(ranks, tmp_path):
         ({"operator": "copy"}, {}, ["ConfigIssues", "operator", "mogrow"]),
         ({}, {"efftrain/model": {"ema": None}}, ["ConfigError", "efftrain.model.ema", "autoprog"]),
         ({"search": {"epochs": 9}, "stages": 2}, {}, ["PlanError", "search.epochs"]),
+        ({"search": {"epochs": 0.01}, "stages": 2}, {}, ["PlanError", "search.epochs", "less than one step"]),
         ({"search": {"epochs": 1}, "stages": 2}, {"no_probes": True}, ["ConfigError", "probe_batches"]),
         ({}, {"optimizer": {"type": "OneBitAdam", "params": {"lr": 1e-3}}}, ["Error"]),
     ],

@@ -34,7 +34,7 @@ def candidates(
         depths: levels of the depth, in any order; duplicates are dropped.
         resolutions: levels of the resolution.
         force_depth_growth: leave the current depth out unless it is the largest, and take the next three (as the
-            authors' code does; the paper allows to stay).
+            authors' code does).
 
     Returns:
         At least one candidate, none smaller than `current` in either dimension.

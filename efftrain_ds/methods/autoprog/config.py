@@ -19,7 +19,7 @@ class GrowthStageConfig(StrictModel):
     """Number of blocks; the last stage has the full model's."""
     resolution: int | None = Field(None, gt=0)
     """Side of the images in pixels; null = the data section's."""
-    drop_path: float | None = Field(None, ge=0, le=1)
+    drop_path: float | None = Field(None, ge=0, lt=1)
     """Stochastic depth rate of the last block; null leaves the model section's."""
     magnitude: float | None = Field(None, ge=0, le=10)
     """RandAugment magnitude; null leaves the data section's."""
@@ -37,7 +37,7 @@ class SearchConfig(StrictModel):
     cost: Literal["measured", "macs"] = "measured"
     """Cost of a candidate: measured seconds of forward and backward, or counted MACs (the same on every machine)."""
     force_depth_growth: bool = False
-    """Make every search choose a larger depth, as the authors' code does; the paper allows to stay."""
+    """Make every search choose a larger depth, as the authors' code does."""
 
 
 class AutoProgConfig(StrictModel):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import Any, ClassVar
 
 from torch import nn
@@ -21,7 +22,7 @@ from ...models.adapters import accepts_sizes
 from ...models.drop_path import ensure_drop_path, set_drop_path
 from ...models.elastic import paths_for, set_paths, skipped_names
 from ...models.growth import grow_request, select_request
-from ...models.stacks import depth_of, full_depth, prepare_growth, truncate
+from ...models.stacks import depth_of, full_depth, prepare_growth, split_depth, truncate
 from ...zero import access
 from ...zero.hold import Hold
 from ...zero.request import RebuildRequest
@@ -95,9 +96,29 @@ class AutoProg(Method):
         if resolutions_change and not accepted:
             raise ModelError(f"{KEY} needs a model that takes several input sizes: {reason}")
         if not self._grows():
-            return model
+            return self._rated(model)
         model = self._prepared(model)
+        self._check_depths(model)
         return truncate(model, self._first_depth(full_depth(model)))
+
+    def _check_depths(self, model: nn.Module) -> None:
+        """Refuse levels between which a stack would shrink (VOLO divides its depth by a rule that can do that).
+
+        Raises:
+            ModelError: with the two levels.
+        """
+        full = full_depth(model)
+        if self.config.schedule is not None:
+            depths = [stage.depth for stage in self.config.schedule]
+        else:
+            depths = sorted(set(levels(self.config.depth_start, full, 1, self.config.stages)))
+        for low, high in pairwise(depths):
+            before, after = split_depth(model, low), split_depth(model, high)
+            if any(b < a for a, b in zip(before, after, strict=True)):
+                raise ModelError(
+                    f"{KEY}: depth {low} -> {high} would shrink a stack of {type(model).__name__} "
+                    f"({list(before)} -> {list(after)}); choose other depths or another number of stages"
+                )
 
     def _grows(self) -> bool:
         return self.config.schedule is not None or self.config.depth_start is not None
@@ -105,6 +126,14 @@ class AutoProg(Method):
     @staticmethod
     def _prepared(model: nn.Module) -> nn.Module:
         return ensure_drop_path(prepare_growth(model))
+
+    @classmethod
+    def _rated(cls, model: nn.Module) -> nn.Module:
+        """A model of constant depth, with drop-path rates that can be set where its blocks are of a known kind."""
+        try:
+            return cls._prepared(model)
+        except ModelError:
+            return model
 
     def _first_depth(self, full: int) -> int:
         if self.config.schedule is not None:
@@ -121,7 +150,7 @@ class AutoProg(Method):
     def shape_model(self, model: nn.Module, architecture: dict[str, Any]) -> nn.Module:
         """Cut the full module to a saved depth."""
         if not self._grows():
-            return model
+            return self._rated(model)
         model = self._prepared(model)
         depth = architecture.get("depth")
         return truncate(model, depth) if depth else truncate(model, self._first_depth(full_depth(model)))
@@ -224,7 +253,7 @@ class AutoProg(Method):
         if not self._grows() or depth == self._depth:
             return None
         paths = paths_for(ctx.engine.blueprint, search.base, depth)
-        request = select_request(ctx.engine.blueprint, paths)
+        request = select_request(ctx.engine.blueprint, paths, reset=self.config.state == "reset")
         ctx.record("growth", depth=[self._depth, depth], operator="select", map=request.table())
         self._depth = depth
         return request
@@ -238,9 +267,17 @@ class AutoProg(Method):
 
     def _regularise(self, ctx: Context) -> None:
         """Drop-path rates of the stage, in place."""
-        rate = ctx.settings.get("drop_path")
-        if rate is not None and self._grows():
+        rate = self._rate(ctx)
+        if rate is not None and getattr(ctx.engine.module, "growth_slots", None) is not None:
             set_drop_path(ctx.engine.module, rate)
+
+    @staticmethod
+    def _rate(ctx: Context) -> float | None:
+        """Drop-path rate of the last block: the stage's, else the model's own spread over the depth of now."""
+        rate = ctx.settings.get("drop_path")
+        if rate is None and ctx.schedule is not None:
+            rate = ctx.schedule.spec.drop_path or None
+        return rate
 
     # -- steps -------------------------------------------------------------------------------------------------
 
@@ -266,7 +303,7 @@ class AutoProg(Method):
         module = ctx.engine.module
         paths = self.search.paths(module, option) if option is not None else None
         set_paths(module, paths)
-        rate = ctx.settings.get("drop_path")
+        rate = self._rate(ctx)
         if rate is not None and option is not None:
             set_drop_path(module, rate, paths)
 
@@ -314,6 +351,9 @@ class AutoProg(Method):
             if applied:
                 self._hold.restore()
             self._hold = None
+        if self.search is not None:  # an evaluation of the user's own between steps sees the whole network
+            self._drawn = None
+            self._set_paths(ctx, None)
 
     @contextmanager
     def on_eval(self, ctx: Context) -> Iterator[None]:

@@ -11,12 +11,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ...core.batch import Batch
 from ...core.context import Context
 from ...core.errors import ConfigError
 from ...core.text import align
 from ...cost.macs import module_macs
 from ...models.elastic import paths_for, set_paths
-from ...models.stacks import depth_of, prepare_growth, truncate
+from ...models.stacks import depth_of, truncate
 from ...zero.blueprint import copy_blueprint
 from .candidates import Candidate
 from .choice import Choice, choose
@@ -96,15 +97,17 @@ class Search:
                 "efftrain.methods.autoprog.search needs fixed labelled samples: use launch/train.py, or pass "
                 "probe_batches= to efftrain_ds.initialize"
             )
+        batches = self._probes(ctx, samples)
         engine = ctx.engine
         sums = torch.zeros(len(self.options), 2, dtype=torch.float64)
         with torch.no_grad(), engine.evaluating(ema=engine.ema is not None):
             dtype = next(engine.module.parameters()).dtype
-            for batch in ctx.probe_batches(samples):
+            for batch in batches:
                 batch = batch.to(ctx.device)
                 images = normalised(batch.images, batch.mean, batch.std)
                 for i, option in enumerate(self.options):
-                    set_paths(engine.module, self.paths(engine.module, option))
+                    if self.top:
+                        set_paths(engine.module, self.paths(engine.module, option))
                     logits = engine(resize(images, option[1]).to(dtype)).float()
                     labels, valid = batch.labels, batch.valid
                     if valid is not None:
@@ -112,12 +115,35 @@ class Search:
                     if len(labels):
                         loss = torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
                         sums[i] += torch.stack([loss.double().cpu(), torch.tensor(float(len(labels)))])
-            set_paths(engine.module, None)
+            if self.top:
+                set_paths(engine.module, None)
         if ctx.world > 1:
             on_device = sums.to(ctx.device)
             dist.all_reduce(on_device)
             sums = on_device.cpu()
         self.losses.append((sums[:, 0] / sums[:, 1]).tolist())
+
+    @staticmethod
+    def _probes(ctx: Context, samples: int) -> list[Batch]:
+        """The fixed samples; what one rank cannot read all ranks hear of. Collective."""
+        problem, batches = None, []
+        try:
+            assert ctx.probe_batches is not None
+            batches = list(ctx.probe_batches(samples))
+            if any(batch.labels is None for batch in batches):
+                problem = "the probe batches have no labels"
+        except Exception as error:
+            problem = f"{type(error).__name__}: {error}"
+        found: list[Any] = [(problem, len(batches))]
+        if ctx.world > 1:
+            found = [None] * ctx.world
+            dist.all_gather_object(found, (problem, len(batches)))
+        problems = [f"rank {i}: {text}" for i, (text, _) in enumerate(found) if text]
+        if not problems and len({count for _, count in found}) > 1:
+            problems = [f"the ranks have different numbers of probe batches: {[count for _, count in found]}"]
+        if problems:
+            raise ConfigError("efftrain.methods.autoprog.search: " + "; ".join(problems))
+        return batches
 
     def macs(self, ctx: Context) -> list[int]:
         """Forward MACs of one image of each candidate, by count on the blueprint."""
@@ -126,9 +152,10 @@ class Search:
         found: dict[Candidate, int] = {}
         for depth, resolution in self.options:
             module = copy_blueprint(ctx.engine.blueprint)
-            if depth and depth < depth_of(prepare_growth(module)):
+            if depth and depth < depth_of(module):
                 module = truncate(module, depth)
-            found[depth, resolution] = module_macs(module, resolution or full)
+            channels = next((m.in_channels for m in module.modules() if isinstance(m, torch.nn.Conv2d)), 3)
+            found[depth, resolution] = module_macs(module, resolution or full, channels=channels)
         return [found[o] for o in self.options]
 
     def costs(self, ctx: Context, kind: str) -> list[float]:

@@ -108,6 +108,11 @@ def stage_settings(found: Levels, stage: int, size: Candidate, *, strength: int 
     return settings
 
 
+def _steps(spec: PlanSpec) -> float:
+    """Optimizer steps of the run by samples; 0 where they are not known."""
+    return float(spec.steps) if spec.steps is not None else spec.epochs * spec.samples / spec.batch
+
+
 def _micro_scale(size: Candidate, spec: PlanSpec) -> float:
     """Activations fall with depth and with the number of tokens, so the micro-batch may grow."""
     depth = size[0] / spec.depth if size[0] else 1.0
@@ -129,6 +134,14 @@ def _own_timeline(stages: list[GrowthStageConfig], spec: PlanSpec) -> Timeline:
         larger = any(s.resolution is not None and s.resolution < spec.resolution for s in stages[i + 1 :])
         if stage.resolution is None and larger:
             problems.append(f"{key}.resolution: null is the full resolution, but a later stage has a smaller one")
+        if stage.drop_path and not spec.drop_path:
+            problems.append(
+                f"{key}.drop_path: {stage.drop_path}, but the model is built without drop path; set "
+                "efftrain.model.drop_path above 0"
+            )
+    total = _steps(spec)
+    if len(stages) > 1 and total and round(stages[-2].until * total) >= round(total):
+        problems.append(f"{KEY}.schedule.{len(stages) - 2}.until: leaves no step of {total:.0f} for the full model")
     last = stages[-1]
     if last.depth != spec.depth or last.resolution not in (None, spec.resolution):
         problems.append(
@@ -173,6 +186,10 @@ def search_share(config: AutoProgConfig, spec: PlanSpec) -> float:
     starts = (*stage_starts(config.stages, spec), 1.0)
     shortest = min(b - a for a, b in zip(starts[:-1], starts[1:-1], strict=False))
     share = config.search.epochs / epochs
+    if _steps(spec) and share * _steps(spec) < 1:
+        raise PlanError(
+            f"{KEY}.search.epochs: {config.search.epochs:g} epochs are less than one step of {spec.batch} samples"
+        )
     if share > shortest + 1e-9:
         raise PlanError(
             f"{KEY}.search.epochs: {config.search.epochs:g} epochs of search do not fit into a stage of "
@@ -209,8 +226,7 @@ def searched_timeline(
             size = (max(size[0], current[0]), max(size[1], current[1]))
         if k < last:
             edge = min(start + share, end)
-            # priced at the middle of what the search draws from
-            middle = options[len(options) // 2] if len(options) > 1 else options[0]
+            middle = _typical(options)
             segments.append(
                 Segment(start, edge, {**stage_settings(found, k, middle, strength=last), "growth": k, "search": True})
             )
@@ -219,6 +235,13 @@ def searched_timeline(
             segments.append(Segment(start, end, {**stage_settings(found, k, size), "growth": k}))
         current = size
     return Timeline(tuple(segments))
+
+
+def _typical(options: tuple[Candidate, ...]) -> Candidate:
+    """The candidate whose work is nearest to the mean of all: what a search that draws uniformly costs, about."""
+    work = [(depth or 1) * (side or 1) ** 2 for depth, side in options]
+    mean = sum(work) / len(work)
+    return options[min(range(len(options)), key=lambda i: abs(work[i] - mean))]
 
 
 def stage_candidates(config: AutoProgConfig, spec: PlanSpec, current: Candidate | None) -> tuple[Candidate, ...]:
