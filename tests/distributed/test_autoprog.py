@@ -31,8 +31,19 @@ STACKED = {
 }
 
 
-@pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize(("dtype", "state"), [("fp32", "carry"), ("bf16", "carry"), ("fp32", "reset")])
+def slow(*values):
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize(
+    ("stage", "dtype", "state"),
+    [
+        *((stage, "fp32", "carry") for stage in STAGES),
+        *((3, "bf16", "carry"), (0, "fp32", "reset"), (2, "fp32", "reset")),
+        *(slow(stage, "bf16", "carry") for stage in (0, 1, 2)),
+        *(slow(stage, "fp32", "reset") for stage in (1, 3)),
+    ],
+)
 def test_mogrow_takes_everything_from_the_average(ranks, stage, dtype, state):
     for result in ranks(jobs.growth_job, stage, dtype, state):
         assert result["wrong"] == []
@@ -70,7 +81,9 @@ def test_skipped_blocks_stay(ranks, dtype):
                 assert ends[stage]["norms"] == pytest.approx(ends[2]["norms"], rel=1e-4)
 
 
-@pytest.mark.parametrize(("stage", "dtype"), [(0, "fp32"), (1, "bf16"), (2, "fp32"), (3, "fp32"), (3, "bf16")])
+@pytest.mark.parametrize(
+    ("stage", "dtype"), [slow(0, "fp32"), (1, "bf16"), slow(2, "fp32"), (3, "fp32"), slow(3, "bf16")]
+)
 def test_search(ranks, stage, dtype):
     first, second = ranks(jobs.search_job, stage, dtype)
     for result in (first, second):
@@ -121,15 +134,15 @@ def test_a_search_may_fill_its_stage(ranks):
 @pytest.mark.parametrize(
     ("changes", "stage", "stops"),
     [
-        (MANUAL, 0, [5, 7]),
+        slow(MANUAL, 0, [5, 7]),
         (MANUAL, 1, [5, 12]),
         (NO_RATE, 2, [10, 12]),
         (MANUAL, 3, [5]),
-        (SEARCHED, 0, [2, 3]),
+        slow(SEARCHED, 0, [2, 3]),
         (SEARCHED, 1, [1, 3, 7, 8]),
         (SEARCHED, 3, [8]),
         (STACKED, 1, [5, 8, 16]),
-        (STACKED, 2, [11]),
+        slow(STACKED, 2, [11]),
     ],
     ids=lambda v: v if isinstance(v, int) else None,
 )
@@ -139,6 +152,7 @@ def test_stopped_and_resumed_is_the_same_run(ranks, tmp_path, changes, stage, st
         assert result["steps"] == 20
 
 
+@pytest.mark.slow
 def test_one_rank_resumes_in_mid_search(ranks, tmp_path):
     (result,) = ranks(train_jobs.resume_run, str(tmp_path), 2, [2, 8], SEARCHED, world=1)
     assert result["problems"] == []
