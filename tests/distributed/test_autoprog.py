@@ -176,7 +176,8 @@ def test_one_rank_resumes_in_mid_search(ranks, tmp_path):
         ({"search": {"epochs": 9}, "stages": 2}, {}, ["PlanError", "search.epochs"]),
         ({"search": {"epochs": 0.01}, "stages": 2}, {}, ["PlanError", "search.epochs", "less than one step"]),
         ({"search": {"epochs": 1}, "stages": 2}, {"no_probes": True}, ["ConfigError", "probe_batches"]),
-        ({}, {"optimizer": {"type": "OneBitAdam", "params": {"lr": 1e-3}}}, ["Error"]),
+        ({}, {"fp16": {"enabled": True}, "zero_optimization/stage": 0}, ["ConfigError", "fp16", "stage 0"]),
+        ({}, {"zero_optimization/round_robin_gradients": True}, ["Error", "round_robin_gradients"]),
     ],
 )
 def test_bad_input_is_one_error(ranks, method, changes, words):
