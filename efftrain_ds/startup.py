@@ -128,7 +128,7 @@ def initialize(
         **common,
     )
     if changes:  # said now, not at the first growth after hours
-        why = access.unsupported(engine)
+        why = access.unsupported(engine) or access.unreadable(engine)
         if why is not None:
             raise ConfigError(why)
     proxy = _attach(engine, loaded, chosen, schedule, owns_batch, record, rebuilder, original if changes else None)

@@ -459,8 +459,11 @@ def unsupported(engine: Any) -> str | None:
     )
     checks["fp16 with torch_autocast"] = getattr(optimizer, "torch_autocast_gradscaler", None) is not None
     found = [key for key, bad in checks.items() if bad]
-    if found:
-        return f"{found[0]}: not supported where parameters change in mid-run"
+    return f"{found[0]}: not supported where parameters change in mid-run" if found else None
+
+
+def unreadable(engine: Any) -> str | None:
+    """Why this engine's optimizer state cannot be found or grouped by name; None where it can."""
     try:
         layout = layout_of(engine)
     except EffTrainError as error:

@@ -63,7 +63,7 @@ def test_growth_changes_neither_learning_rate_nor_step_count(ranks, stage):
         assert result == {"lr": True, "steps": (12, 12), "depths": (6, 6)}
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("dtype", ["fp32", pytest.param("bf16", marks=pytest.mark.slow)])
 def test_skipped_blocks_stay(ranks, dtype):
     ends = {}
     for stage in STAGES:

@@ -15,10 +15,15 @@ from tests.distributed import train_jobs as jobs
 pytestmark = pytest.mark.dist
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_stopped_and_resumed_is_the_same_run(ranks, tmp_path, stage):
-    # every step of the run is a possible stop on one stage; the edges of the stages on all of them
-    stops = list(range(1, 20)) if stage == 2 else [1, 9, 10, 17]
+EDGES = [1, 9, 10, 17]
+
+
+@pytest.mark.parametrize(
+    ("stage", "stops"),
+    [*((stage, EDGES) for stage in (0, 1, 2, 3)), pytest.param(2, list(range(1, 20)), marks=pytest.mark.slow)],
+    ids=["zero0", "zero1", "zero2", "zero3", "zero2-every-step"],
+)
+def test_stopped_and_resumed_is_the_same_run(ranks, tmp_path, stage, stops):
     for rank, result in enumerate(ranks(jobs.resume_run, str(tmp_path), stage, stops)):
         assert result["problems"] == []
         assert result["steps"] == 20

@@ -47,7 +47,10 @@ def test_only_what_is_unfrozen_trains(ranks, stage, dtype, order):
         assert rows[0]["history"] == [(2, "unfreezing level 1 -> 2 of 3"), (4, "unfreezing level 2 -> 3 of 3")]
 
 
-@pytest.mark.parametrize(("stage", "at", "world"), [(0, 4, 2), (1, 4, 1), (2, 3, 2), (3, 4, 2), (3, 5, 1)])
+@pytest.mark.parametrize(
+    ("stage", "at", "world"),
+    [(0, 4, 2), (1, 4, 1), (2, 3, 2), pytest.param(3, 4, 2, marks=pytest.mark.slow), (3, 5, 1)],
+)
 def test_resume_repeats_the_uninterrupted_run(ranks, tmp_path, stage, at, world):
     for result in ranks(jobs.resume_job, str(tmp_path), stage, "fp32", jobs.MANUAL, at, world=world):
         assert result["level"] == {"level": 2 if at <= 4 else 3}

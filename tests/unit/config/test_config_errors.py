@@ -113,7 +113,7 @@ def test_everything_wrong_at_once(methods: Any) -> None:
     ("section", "key", "text"),
     [
         ({"run": {"sede": 1}}, "efftrain.run.sede", 'unknown key. Did you mean "seed"?'),
-        ({"run": {"zzz": 1}}, "efftrain.run.zzz", "unknown key. Allowed: seed, epochs, steps, output"),
+        ({"run": {"zzz": 1}}, "efftrain.run.zzz", "unknown key. Allowed: seed, epochs, steps, output, keep_old_state"),
         ({"warmup": "1ep"}, "efftrain.warmup", 'unknown key. Did you mean "optim.warmup"?'),
         (
             {"optimizer": {}},

@@ -115,7 +115,7 @@ def test_stage_lines() -> None:
     new = stage(2, {"bandwidth": 160, "ra_magnitude": 2.0}, 16, 4)
     assert stage_lines(old, new, 10, why="20% of the budget spent", world=2).splitlines() == [
         "--- stage 3/10 at step 200, 100 steps (20% of the budget spent)",
-        "    changes: bandwidth 96 -> 160, ra_magnitude 1.0 -> 2.0",
+        "    changes: bandwidth 96 -> 160, ra_magnitude 1 -> 2",
         "    batch 128 = 16 x 4 x 2, before 64 x 1 (micro-batch x accumulation x ranks)",
     ]
     first = stage_lines(None, stage(0, {"bandwidth": 96}, 64, 1), 10).splitlines()
