@@ -8,10 +8,11 @@ from torch import nn
 
 from .config.deepspeed_keys import batch_sizes
 from .config.loader import LoadedConfig
-from .core.errors import ConfigError, ModelError
+from .core.errors import ConfigError
 from .core.method import Method
 from .core.timeline import PlanSpec, Schedule, merge_timelines
 from .models.adapters import model_stride
+from .models.stacks import growable_depth
 
 
 def embedded_schedule(
@@ -56,18 +57,7 @@ def embedded_schedule(
         stride=data.stride or model_stride(model),
         steps=run.steps,
         model=type(model).__name__,
-        depth=_depth(model) if any(m.changes_parameters for m in methods) else 0,
+        depth=growable_depth(model) if any(m.changes_parameters for m in methods) else 0,
         drop_path=max((float(getattr(m, "drop_prob", None) or 0.0) for m in model.modules()), default=0.0),
     )
     return merge_timelines([method.plan(spec) for method in methods], spec)
-
-
-def _depth(model: nn.Module) -> int:
-    """Blocks of the model; 0 where its depth cannot change."""
-    from .models.stacks import full_depth, prepare_growth
-    from .zero.blueprint import make_blueprint
-
-    try:
-        return full_depth(prepare_growth(make_blueprint(model)))
-    except ModelError:
-        return 0

@@ -110,12 +110,9 @@ class _ModelCost:
         """Blocks of the full model; 0 where its depth cannot change."""
         if self.shape is not None:
             return self.shape.depth
-        from .models.stacks import full_depth, prepare_growth
+        from .models.stacks import growable_depth
 
-        try:
-            return full_depth(prepare_growth(copy.deepcopy(self.module())))
-        except ModelError:
-            return 0
+        return growable_depth(self.module())
 
     @property
     def classes(self) -> int:

@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..core.errors import ModelError
+from ..zero.blueprint import make_blueprint
 
 Slot = tuple[str, int]
 """(name of the container, index in it)."""
@@ -102,6 +103,14 @@ def depth_of(model: nn.Module) -> int:
 def full_depth(model: nn.Module) -> int:
     """Blocks at full depth, over all stacks."""
     return sum(len(stack.slots) for stack in stacks_of(model))
+
+
+def growable_depth(model: nn.Module) -> int:
+    """Blocks at full depth of a model as it was built; 0 where its depth cannot change. The model is left alone."""
+    try:
+        return full_depth(prepare_growth(make_blueprint(model)))
+    except ModelError:
+        return 0
 
 
 def split_depth(model: nn.Module, total: int) -> tuple[int, ...]:

@@ -88,6 +88,14 @@ def one_step(engine, step: int) -> float:
     return float(loss.detach())
 
 
+def source_of(name: str, origin) -> str:
+    """The old name of a parameter, where block j comes from block origin[j]."""
+    if not name.startswith("blocks."):
+        return name
+    _, j, rest = name.split(".", 2)
+    return f"blocks.{origin[int(j)]}.{rest}"
+
+
 def growth_job(stage: int, dtype: str, state: str) -> dict:
     """MoGrow from an average that was set apart from the weights; the first step after the growth is not taken."""
     method = {"stages": 2, "resolution_start": 0.5, "resolution_step": 8, "state": state}
@@ -103,10 +111,7 @@ def growth_job(stage: int, dtype: str, state: str) -> dict:
     wrong = []
     for full_name, value in after.items():
         key, name = full_name.split("/")
-        source = name
-        if name.startswith("blocks."):
-            _, j, rest = name.split(".", 2)
-            source = f"blocks.{index_map[int(j)]}.{rest}"
+        source = source_of(name, index_map)
         want = before[f"{'ema' if key == 'fp32' else key}/{source}"]
         if state == "reset" and key.startswith("exp"):
             want = torch.zeros_like(want)
@@ -213,10 +218,7 @@ def search_job(stage: int, dtype: str) -> dict:
     wrong = []
     for full_name, value in after.items():
         key, name = full_name.split("/")
-        source = name
-        if name.startswith("blocks."):
-            _, j, rest = name.split(".", 2)
-            source = f"blocks.{path[int(j)]}.{rest}"
+        source = source_of(name, path)
         if not torch.equal(value, before[f"{key}/{source}"]):
             wrong.append(full_name)
     tables = [data for event, data in records if event == "growth_search"]
