@@ -219,9 +219,14 @@ class EfficientEngine:
         """Change parameters now, between two optimizer steps. Collective.
 
         Raises:
-            RebuildError: the request does not fit (nothing was touched), or carrying it out failed (the state before
-                is restored).
+            RebuildError: the request does not fit or comes while those of a boundary are collected (nothing was
+                touched), or carrying it out failed (the state before is restored).
         """
+        if self._pending is not None:
+            raise RebuildError(
+                "another change of parameters is being collected at this boundary; return the request from "
+                "on_stage_enter instead of calling rebuild"
+            )
         assert self.blueprint is not None
         assert self.rebuilder is not None
         self._refuse_in_flight(RebuildError, "parameters can change")

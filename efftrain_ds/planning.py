@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import date
@@ -336,6 +337,7 @@ def _price(
         model=config.efftrain.model.name,
         params=model.params(),
         stage_params=[model.params(depth) for _, depth in kinds],
+        factors=[math.prod(m.cost_factor(schedule.spec, stage) for m in methods) for stage in schedule.stages],
         precision=precision,
         zero_stage=zero_stage_of(config.deepspeed),
         ema=config.efftrain.model.ema is not None,
@@ -405,7 +407,7 @@ def measured_throughput(plan: PricedPlan, meter: StepMeter) -> Throughput:
             continue
         seconds, n = median
         side = bandwidth_of(s.stage.settings, spec.resolution)
-        entry = Measured(side, s.stage.micro_batch, s.stage.accumulation, macs=s.macs, seconds=seconds, n=n)
+        entry = Measured(side, s.stage.micro_batch, s.stage.accumulation, macs=s.work, seconds=seconds, n=n)
         if entry.setting not in best or n > best[entry.setting].n:
             best[entry.setting] = entry
     return Throughput(

@@ -66,6 +66,13 @@ class Method:
         """
         return {}
 
+    def cost_factor(self, spec: PlanSpec, stage: Stage) -> float:
+        """Cost of a training step of `stage` over that of a step in which every layer trains.
+
+        For what the settings "resolution", "bandwidth" and "depth" do not say, e.g. frozen layers. Pure, like `plan`.
+        """
+        return 1.0
+
     @property
     def needs_average(self) -> bool:
         """True where the method reads the average of the weights, so that ``efftrain.model.ema`` must be set."""

@@ -21,6 +21,7 @@ class PricedStage:
         stage: steps, settings and batch sizes.
         epochs: passes over the data in this stage; None where the number of samples is unknown.
         macs: forward MACs of one image.
+        factor: cost of a training step over that of one in which every layer trains (below 1 where some are frozen).
         cost: training MACs of the stage, all ranks.
         share: `cost` divided by that of the whole run.
         memory: estimated bytes of one rank.
@@ -34,6 +35,12 @@ class PricedStage:
     share: float
     memory: Memory
     prediction: Prediction | None
+    factor: float = 1.0
+
+    @property
+    def work(self) -> int:
+        """Training MACs of one image divided by `TRAINING_FACTOR`: `macs` times `factor`."""
+        return round(self.macs * self.factor)
 
     @property
     def seconds(self) -> float | None:
@@ -42,8 +49,8 @@ class PricedStage:
 
     @property
     def work_key(self) -> tuple[int, int, int]:
-        """Stages with equal keys take equally long for a step: (MACs, micro-batch, accumulation)."""
-        return self.macs, self.stage.micro_batch, self.stage.accumulation
+        """Stages with equal keys take equally long for a step: (work, micro-batch, accumulation)."""
+        return self.work, self.stage.micro_batch, self.stage.accumulation
 
 
 @dataclass(frozen=True)
@@ -184,6 +191,7 @@ def _stage_dict(priced: PricedStage) -> dict[str, Any]:
         "micro_batch": stage.micro_batch,
         "accumulation": stage.accumulation,
         "macs": priced.macs,
+        "cost_factor": priced.factor,
         "cost_macs": priced.cost,
         "share": priced.share,
         "memory_bytes": priced.memory.total,
@@ -207,6 +215,7 @@ def price(
     model: str,
     params: int,
     stage_params: Sequence[int] | None = None,
+    factors: Sequence[float] | None = None,
     precision: str,
     zero_stage: int,
     ema: bool = False,
@@ -224,6 +233,7 @@ def price(
         model: its name.
         params: number of parameters of the full model.
         stage_params: the same for each stage, where the model grows; None = `params` in all of them.
+        factors: what a training step of each stage costs, over one in which every layer trains; None = 1.
         precision: "fp32", "bf16" or "fp16".
         zero_stage: 0 to 3.
         ema: an average of the weights is kept.
@@ -235,7 +245,8 @@ def price(
         PlanError: the profile was measured for another model, precision or ZeRO stage.
     """
     counts = [params] * len(schedule.stages) if stage_params is None else list(stage_params)
-    assert len(macs) == len(activations) == len(counts) == len(schedule.stages)
+    shares = [1.0] * len(schedule.stages) if factors is None else list(factors)
+    assert len(macs) == len(activations) == len(counts) == len(shares) == len(schedule.stages)
     spec, source = schedule.spec, None
     if throughput is not None:
         key = profile_key(model, precision, zero_stage)
@@ -244,16 +255,19 @@ def price(
         source = throughput.source
         if throughput.world != spec.world:
             source += f" (this plan has {spec.world})"
-    costs = [TRAINING_FACTOR * m * s.batch * s.steps for m, s in zip(macs, schedule.stages, strict=True)]
+    works = [round(m * factor) for m, factor in zip(macs, shares, strict=True)]
+    costs = [TRAINING_FACTOR * w * s.batch * s.steps for w, s in zip(works, schedule.stages, strict=True)]
     stages = []
-    for stage, m, cost, bytes_, count in zip(schedule.stages, macs, costs, activations, counts, strict=True):
+    for stage, m, work, factor, cost, bytes_, count in zip(
+        schedule.stages, macs, works, shares, costs, activations, counts, strict=True
+    ):
         prediction = None
         if throughput is not None:
             prediction = throughput.predict(
                 bandwidth=bandwidth_of(stage.settings, spec.resolution),
                 micro_batch=stage.micro_batch,
                 accumulation=stage.accumulation,
-                macs=m,
+                macs=work,
             )
         memory = state_memory(
             count,
@@ -265,5 +279,5 @@ def price(
             activations=bytes_,
         )
         epochs = stage.steps * stage.batch / spec.samples if spec.samples else None
-        stages.append(PricedStage(stage, epochs, m, cost, cost / sum(costs), memory, prediction))
+        stages.append(PricedStage(stage, epochs, m, cost, cost / sum(costs), memory, prediction, factor))
     return PricedPlan(schedule, tuple(stages), model, params, precision, zero_stage, full_macs, tuple(methods), source)

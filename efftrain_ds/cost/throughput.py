@@ -40,7 +40,7 @@ class Measured:
         bandwidth: side in pixels of what the network sees.
         micro_batch: samples of one rank in one forward.
         accumulation: micro-batches of a step.
-        macs: forward MACs of one image.
+        macs: forward MACs of one image (less where frozen layers save work, see `PricedStage.work`).
         seconds: median seconds of a step.
         n: number of steps behind the median.
     """

@@ -10,6 +10,7 @@ Checked on the versions in `TESTED_VERSIONS`; `private_names` lists what is used
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -271,6 +272,11 @@ def _whole(groups: list, names: dict[int, str], masters: list) -> tuple[list, li
     for index, (params, masters_of_group) in enumerate(zip(groups, masters, strict=True)):
         for param, master in zip(params, masters_of_group, strict=True):
             name = names[id(param)]
+            if not master.is_contiguous():
+                raise EffTrainError(
+                    f"parameter {name} is not contiguous (channels_last?), so its state cannot be cut at "
+                    "zero_optimization.stage 0; use stage 1, 2 or 3, or model.to(memory_format=torch.contiguous_format)"
+                )
             shapes[name], owner[name] = param.shape, index
             fragments.append(Fragment(name, 0, param.numel(), len(flats), 0))
             flats.append(Flat(master, index))
@@ -456,6 +462,11 @@ def unsupported(engine: Any) -> str | None:
     }
     checks["zero_optimization.offload_optimizer.ratio below 1"] = (
         zero.offload_optimizer is not None and float(getattr(zero.offload_optimizer, "ratio", 1.0)) != 1.0
+    )
+    offloads = _device(zero.offload_optimizer) != "none" or _device(zero.offload_param) != "none"
+    # the old state must outlive the old engine, whose end frees such memory
+    checks["DS_PIN_MEMORY_BACKEND=native with offload"] = (
+        offloads and os.environ.get("DS_PIN_MEMORY_BACKEND", "torch").strip().lower() == "native"
     )
     checks["fp16 with torch_autocast"] = getattr(optimizer, "torch_autocast_gradscaler", None) is not None
     found = [key for key, bad in checks.items() if bad]

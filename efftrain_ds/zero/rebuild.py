@@ -103,6 +103,13 @@ class Rebuilder:
         why = access.unsupported(engine)
         if why is not None:
             raise RebuildError(why)
+        now = {name: p.requires_grad for name, p in engine.module.named_parameters()}
+        by_hand = [n for n, p in self.blueprint.named_parameters() if now.get(n) != p.requires_grad]
+        if by_hand:
+            raise RebuildError(
+                f"requires_grad of {', '.join(by_hand[:3])} was changed on the module itself; freeze and unfreeze with "
+                "engine.rebuild(RebuildRequest(surgery=...)), so that the optimizer follows"
+            )
         layout = access.layout_of(engine)
         strange = access.unmapped_state(layout)
         if strange:

@@ -334,6 +334,20 @@ FEATURES = {
 }
 
 
+class AsksForNothing:
+    """A method whose request changes nothing."""
+
+    def on_stage_enter(self, ctx, stage):
+        return rq.RebuildRequest(reason="asked for")
+
+
+class RequestsByItself:
+    """A method that calls `rebuild` where it should return a request."""
+
+    def on_stage_enter(self, ctx, stage):
+        self.rebuild()
+
+
 def refusal_job(what: str) -> dict:
     """One mistake; nothing may be touched and every rank hears of it."""
     engine = make(2, "fp32", **({"gas": 2} if what == "accumulation" else {}))
@@ -383,6 +397,14 @@ def refusal_job(what: str) -> dict:
     elif what == "evaluating":
         engine.ema.swapped = True
         undo = lambda: setattr(engine.ema, "swapped", False)  # noqa: E731
+    elif what == "frozen by hand":
+        engine.module.head.bias.requires_grad_(False)
+        undo = lambda: engine.module.head.bias.requires_grad_(True)  # noqa: E731
+    elif what == "while others ask":
+        nested = RequestsByItself()
+        engine._hooks["on_stage_enter"] = [AsksForNothing(), nested]
+        engine.rebuild, rebuild = (lambda _: engine._enter_stage(engine.stage)), engine.rebuild
+        nested.rebuild = lambda: rebuild(request)
     try:
         engine.rebuild(request)
         text = "nothing was refused"

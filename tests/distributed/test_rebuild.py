@@ -227,6 +227,8 @@ REFUSED = {
     "zero_quantized_weights": "zero_quantized_weights: not supported",
     "zenflow": "zenflow: not supported",
     "evaluating": "while the average is swapped in",
+    "frozen by hand": "requires_grad of head.bias was changed on the module itself",
+    "while others ask": "return the request from on_stage_enter instead of calling rebuild",
 }
 
 

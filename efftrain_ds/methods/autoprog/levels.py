@@ -27,10 +27,11 @@ def trained_blocks(blocks: int, level: int, levels: int, order: Order = "interle
     return frozenset(i for i in range(blocks) if i % levels < level)
 
 
-def frozen_step_cost(share: float) -> float:
-    """Cost of a training step relative to one that trains everything, ``(2 + u) / 3``.
+def step_cost(trained: float, passed: float = 1.0) -> float:
+    """Cost of a training step over that of one that trains everything, ``(1 + v + u) / 3``.
 
-    Of the three equal parts of a step (forward, gradient of the inputs, gradient of the weights) only the last shrinks
-    with the `share` u of trained block weights, as long as the backward pass still has to reach the embeddings.
+    Of the three equal parts of a step (forward, gradient of the inputs, gradient of the weights) the last shrinks with
+    the share u of blocks that are `trained`, the second with the share v that the backward pass has to run through
+    (`passed`; all of them where the first block or the embeddings train).
     """
-    return (2 + share) / 3
+    return (1 + passed + trained) / 3

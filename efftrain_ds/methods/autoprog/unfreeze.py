@@ -26,7 +26,7 @@ from ...models.adapters import accepts_sizes
 from ...zero.request import RebuildRequest
 from .candidates import Candidate, unfreezing_candidates
 from .config import AutoProgZeroConfig
-from .levels import trained_blocks
+from .levels import step_cost, trained_blocks
 from .schedules import levels, resolution_step, stage_epochs
 from .unfreeze_search import search_candidates, shrink
 
@@ -133,6 +133,19 @@ class AutoProgZero(Method):
                 settings |= {"search": True, "growth": k}
             segments.append(Segment(edges[k], edges[k + 1], settings))
         return Timeline(tuple(segments))
+
+    def cost_factor(self, spec: PlanSpec, stage: Stage) -> float:
+        """``(1 + v + u) / 3``: u is the share of blocks that train, v of those the backward pass runs through.
+
+        Blocks are counted as equal, what lies before and after them as nothing.
+        """
+        level, count = stage.settings.get("unfrozen"), self.config.stages
+        if level is None:
+            return 1.0
+        blocks = spec.depth or count
+        on = trained_blocks(blocks, level, count, self.config.order)
+        embeddings_train = level == count or not self.config.freeze_embeddings
+        return step_cost(len(on) / blocks, 1.0 if embeddings_train else 1 - min(on) / blocks)
 
     # -- model -------------------------------------------------------------------------------------------------
 

@@ -14,7 +14,7 @@ from efftrain_ds.core.errors import PlanError
 from efftrain_ds.cost.macs import vit_macs
 from efftrain_ds.methods.autoprog.candidates import candidates, draw, unfreezing_candidates
 from efftrain_ds.methods.autoprog.config import AutoProgConfig, AutoProgZeroConfig
-from efftrain_ds.methods.autoprog.levels import frozen_step_cost, trained_blocks
+from efftrain_ds.methods.autoprog.levels import step_cost, trained_blocks
 from efftrain_ds.methods.autoprog.schedules import (
     levels,
     magnitudes,
@@ -224,8 +224,8 @@ def test_suffix_levels():
     for level in (0, 5):
         with pytest.raises(ValueError, match=rf"1\.\.4, found {level}"):
             trained_blocks(12, level, 4)
-    assert frozen_step_cost(0.25) == 0.75
-    assert frozen_step_cost(1.0) == 1.0
+    assert step_cost(0.25) == 0.75
+    assert step_cost(1.0) == 1.0
 
 
 # Configuration

@@ -308,6 +308,23 @@ def images(side, dtype=torch.uint8):
     return x.to(torch.uint8) if dtype == torch.uint8 else (x / 255).to(dtype)
 
 
+@pytest.mark.parametrize(
+    ("config", "factors"),
+    [
+        # two thirds for forward and the gradient of the inputs, then the share of trained blocks
+        ({}, [(2 + u / 4) / 3 for u in (1, 2, 3, 4)]),
+        # the backward pass ends at the first trained block
+        ({"order": "suffix", "freeze_embeddings": True}, [(1 + u / 4 + u / 4) / 3 for u in (1, 2, 3, 4)]),
+        ({"order": "suffix", "freeze_embeddings": False}, [(2 + u / 4) / 3 for u in (1, 2, 3, 4)]),
+    ],
+)
+def test_frozen_blocks_lower_the_price_of_a_step(config, factors):
+    zero = method(stages=4, **config)
+    spec = replace(SPEC, depth=12)
+    stages = merge_timelines([zero.plan(spec)], spec).stages
+    assert [zero.cost_factor(spec, stage) for stage in stages] == pytest.approx(factors)
+
+
 @pytest.fixture
 def at_half():
     zero, ctx = context(Vit(), replace(SPEC, resolution=32), resolution_start=0.5, resolution_step=16)

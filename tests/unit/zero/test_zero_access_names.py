@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import inspect
+from types import SimpleNamespace
 
+import pytest
+import torch
 from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.zero import parameter_offload, partitioned_param_coordinator
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
+from efftrain_ds.core.errors import EffTrainError
 from efftrain_ds.zero import access
 
 
@@ -48,7 +52,17 @@ def test_cpu_adam_is_stepped_through_its_extension():
     assert "self.ds_opt_adam.adam_update(self.opt_id, state['step'], group['lr'], beta1, beta2" in source
 
 
-def test_unsupported_features_are_named():
+def test_memory_formats_that_cannot_be_cut_are_refused():
+    module = torch.nn.Conv2d(3, 8, 3).to(memory_format=torch.channels_last)
+    optimizer = torch.optim.AdamW(module.parameters())
+    engine = SimpleNamespace(optimizer=optimizer, module=module)
+    with pytest.raises(EffTrainError, match="parameter weight is not contiguous.*use stage 1, 2 or 3"):
+        access.layout_of(engine)
+    module.to(memory_format=torch.contiguous_format)
+    assert len(access.layout_of(engine).fragments) == 2
+
+
+def test_unsupported_features_are_named(monkeypatch):
     class Section:
         def __init__(self, **values):
             self.__dict__.update(values)
@@ -77,6 +91,11 @@ def test_unsupported_features_are_named():
         ({"zenflow": object()}, "zenflow"),
     ]:
         assert text in access.unsupported(engine(change))
+    monkeypatch.setenv("DS_PIN_MEMORY_BACKEND", "native")
+    assert access.unsupported(engine()) is None
+    assert "DS_PIN_MEMORY_BACKEND=native with offload" in access.unsupported(
+        engine({"offload_optimizer": Section(device=Section(value="cpu"), ratio=1.0)})
+    )
     experts = engine()
     experts.has_moe_layers = True
     assert "mixture of experts" in access.unsupported(experts)
