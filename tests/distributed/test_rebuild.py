@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from tests.distributed import rebuild_jobs as jobs
+from tests.distributed import refusal_jobs as refusals
 
 pytestmark = pytest.mark.dist
 slow = pytest.mark.slow
@@ -234,7 +235,7 @@ REFUSED = {
 
 @pytest.mark.parametrize("what", list(REFUSED))
 def test_refusals_touch_nothing(ranks, what):
-    results = ranks(jobs.refusal_job, what)
+    results = ranks(refusals.refusal_job, what)
     assert len({result["text"] for result in results}) == 1
     for result in results:
         assert REFUSED[what] in result["text"]
@@ -249,7 +250,7 @@ def test_refusals_touch_nothing(ranks, what):
     ],
 )
 def test_what_cannot_be_rebuilt_is_refused_at_the_start(ranks, stage, dtype, extra, text):
-    for found in ranks(jobs.start_refusal_job, stage, dtype, extra):
+    for found in ranks(refusals.start_refusal_job, stage, dtype, extra):
         assert text in found
 
 
@@ -278,7 +279,7 @@ def test_a_failure_brings_the_old_state_back(ranks, stage, dtype, where):
 
 
 def test_a_failure_without_the_old_state_says_so(ranks):
-    for text in ranks(jobs.streamed_failure_job):
+    for text in ranks(refusals.streamed_failure_job):
         assert "the old state was given up (keep_old is false)" in text
 
 
