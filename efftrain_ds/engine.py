@@ -9,33 +9,33 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from pathlib import Path
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .checkpoint import store
+from .checkpointing import Checkpointing
+from .core import faults
 from .core.batch import Batch
 from .core.context import Context
-from .core.errors import CheckpointError, ConfigError, EffTrainError, NoEffectWarning, RebuildError
+from .core.errors import ConfigError, EffTrainError, NoEffectWarning, RebuildError
 from .core.method import Method
 from .core.timeline import Schedule, Stage
+from .guards.guard import Guard
 from .zero import access
 from .zero.blueprint import copy_blueprint, digest
 from .zero.bundle import rng_state, set_rng_state
 from .zero.checks import agree, agree_equal, text_of
 from .zero.ema import ShardedEma
-from .zero.groups import BIRTH
 from .zero.rebuild import Rebuilder, Report
 from .zero.request import RebuildRequest, compose_requests
 
 _HOOKS = ("on_stage_enter", "on_step_start", "on_batch", "on_boundary", "on_step_end", "loss_term")
 
 
-class EfficientEngine:
+class EfficientEngine(Checkpointing):
     """Proxy around the current DeepSpeedEngine.
 
     Attributes that are not its own are read from, and written to, the DeepSpeedEngine, so code written for DeepSpeed
@@ -48,6 +48,7 @@ class EfficientEngine:
         context: what the methods see.
         ema: average of the weights, or None.
         rebuilder: changes parameters in mid-run, or None where nothing was set up for it.
+        guard: refuses non-finite steps and the like, or None.
         rebuilds: history of changes of parameters: plain dictionaries, stored in checkpoints.
     """
 
@@ -63,6 +64,7 @@ class EfficientEngine:
         record: Callable[..., None] | None = None,
         rebuilder: Rebuilder | None = None,
         original: nn.Module | None = None,
+        guard: Guard | None = None,
     ):
         own = self.__dict__
         own["deepspeed_engine"] = engine
@@ -70,6 +72,7 @@ class EfficientEngine:
         own["rebuilds"] = []
         own["_original"] = original
         own["_pending"] = None
+        own["_saving"] = None
         own["_compile"] = None
         own["methods"] = list(methods)
         own["schedule"] = schedule
@@ -93,7 +96,10 @@ class EfficientEngine:
             hook: [m for m in methods if getattr(type(m), hook) is not getattr(Method, hook)] for hook in _HOOKS
         }
         own["_loss_owner"] = next((m for m in methods if m.owns_loss), None)
-        own["_plain"] = not methods and schedule is None and ema is None
+        own["guard"] = guard
+        own["_plain"] = not methods and schedule is None and ema is None and guard is None
+        if guard is not None:
+            guard.bind(self)
 
     # -- the proxy ---------------------------------------------------------------------------------------------
 
@@ -120,6 +126,8 @@ class EfficientEngine:
                     self._warn_no_images()
                     return self.deepspeed_engine(*inputs, **kwargs)
                 inputs = (self._run_on_batch(Batch(images=inputs[0])).images, *inputs[1:])
+        if self.guard is not None:
+            self.guard.forward(inputs[0] if inputs else None, self.deepspeed_engine.module.training)
         return self.deepspeed_engine(*inputs, **kwargs)
 
     forward = __call__
@@ -137,7 +145,10 @@ class EfficientEngine:
         """DeepSpeed's backward; the next forward pass is of another batch."""
         self._prepared = False
         self._in_flight = True
-        return self.deepspeed_engine.backward(loss, *args, **kwargs)
+        result = self.deepspeed_engine.backward(loss, *args, **kwargs)
+        if self.guard is not None:
+            self.guard.after_backward(loss)
+        return result
 
     # -- the loop ----------------------------------------------------------------------------------------------
 
@@ -164,7 +175,8 @@ class EfficientEngine:
         if self.schedule is not None:
             stage = self.schedule.stage_at(ctx.step)
             if stage is not ctx.stage:
-                self._try_to_enter(stage)
+                with self.guard.phase("stage change") if self.guard is not None else nullcontext():
+                    self._try_to_enter(stage)
         for method in self._hooks["on_step_start"]:
             method.on_step_start(ctx)
 
@@ -186,6 +198,7 @@ class EfficientEngine:
     def _enter_stage(self, stage: Stage) -> None:
         ctx = self.context
         ctx.stage = stage
+        faults.point("stage.enter")
         self._run_requests(method.on_stage_enter(ctx, stage) for method in self._hooks["on_stage_enter"])
         if self._owns_batch:
             access.set_batch(self.deepspeed_engine, stage.micro_batch, stage.accumulation)
@@ -314,6 +327,8 @@ class EfficientEngine:
         self.begin_step()
         batch = images if isinstance(images, Batch) else Batch(images=images, labels=labels)
         batch = self._run_on_batch(batch)
+        if self.guard is not None:
+            self.guard.note(batch)
         self._prepared = True
         return batch if isinstance(images, Batch) else (batch.images, batch.labels)
 
@@ -323,6 +338,8 @@ class EfficientEngine:
         Raises:
             ConfigError: no method owns the loss and there is no default.
         """
+        if self.guard is not None:
+            self.guard.note(batch)
         if self._loss_owner is not None:
             total = self._loss_owner.loss(self.context, outputs, batch)
         elif default is not None:
@@ -336,7 +353,12 @@ class EfficientEngine:
         return total
 
     def step(self, *args: Any, **kwargs: Any) -> None:
-        """DeepSpeed's step; at the boundary the methods act before and after it."""
+        """DeepSpeed's step; at the boundary the methods act before and after it.
+
+        Raises:
+            DivergenceError: with a guard, too many steps in a row were not finite.
+            DesyncError: with a guard, the ranks have decided differently.
+        """
         engine = self.deepspeed_engine
         if self._plain:
             if engine.is_gradient_accumulation_boundary():
@@ -345,11 +367,13 @@ class EfficientEngine:
             engine.step(*args, **kwargs)
             return
         boundary = engine.is_gradient_accumulation_boundary()
-        ctx = self.context
-        if boundary:
+        ctx, guard = self.context, self.guard
+        refused = guard is not None and guard.before_step(boundary)
+        if boundary and not refused:
             for method in self._hooks["on_boundary"]:
                 method.on_boundary(ctx)
-        engine.step(*args, **kwargs)
+        with guard.skip() if guard is not None and refused else nullcontext():
+            engine.step(*args, **kwargs)
         if boundary:
             self._in_flight = False
             applied = engine.was_step_applied()
@@ -359,6 +383,8 @@ class EfficientEngine:
                 self.ema.update()
             ctx.step += 1
             self._begun = False
+            if guard is not None:
+                guard.after_step(applied)
 
     @contextmanager
     def evaluating(self, ema: bool = False) -> Iterator[None]:
@@ -386,183 +412,3 @@ class EfficientEngine:
             finally:
                 self._evaluating = nested
                 self.deepspeed_engine.train(was_training)
-
-    # -- state -------------------------------------------------------------------------------------------------
-
-    def efftrain_state(self) -> dict[str, Any]:
-        """Step, architecture and methods' state: tensors and plain types."""
-        return {
-            "step": self.context.step,
-            "methods": {m.name: m.state_dict() for m in self.methods},
-            "architecture": self._architecture(),
-        }
-
-    def _architecture(self) -> dict[str, Any] | None:
-        """What a resume must build before it can load: the methods' changes, groups, history."""
-        if self.rebuilder is None:
-            return None
-        return {
-            "methods": {m.name: m.architecture() for m in self.methods},
-            "groups": self.rebuilder.groups.to_plain(),
-            "digest": digest(self.rebuilder.blueprint),
-            "history": list(self.rebuilds),
-        }
-
-    def _adopt_architecture(self, saved: dict[str, Any] | None, path: Path) -> None:
-        """Bring the module into the architecture of a checkpoint. Collective.
-
-        Raises:
-            CheckpointError: it belongs to another model.
-        """
-        if saved is None or self.rebuilder is None:
-            return
-        if saved["digest"] != digest(self.rebuilder.blueprint) or saved["groups"] != self.rebuilder.groups.to_plain():
-            blueprint = self._shaped(saved, path)
-            groups = self.rebuilder.groups.with_members(saved["groups"])
-            try:
-                self.rebuilder.recreate(self, blueprint, groups)
-            except Exception as error:
-                raise CheckpointError(f"{path}: {error}; the engine is gone, start anew") from error
-            if self._compile is not None:
-                self.deepspeed_engine.compile(*self._compile[0], **self._compile[1])
-        self.rebuilds[:] = saved["history"]
-
-    def _saved_architecture(self, path: Path) -> dict[str, Any] | None:
-        """The architecture of a checkpoint, read and tried out on every rank before anything is touched. Collective.
-
-        Raises:
-            CheckpointError: on all ranks, where one of them cannot read it or it does not fit.
-        """
-        found, problem = None, None
-        try:
-            extra = store.read_extra(path)
-            self._check_state(extra)
-            found = extra["efftrain"].get("architecture")
-            if found is not None:
-                self._shaped(found, path)
-        except Exception as error:
-            problem = text_of(error)
-        try:
-            agree(problem, str(path))
-        except RebuildError as error:
-            raise CheckpointError(problem or str(error)) from error
-        return found
-
-    def _shaped(self, saved: dict[str, Any], path: Path) -> nn.Module:
-        """The blueprint of a checkpoint's architecture; nothing is touched yet.
-
-        Raises:
-            CheckpointError: the model cannot become it, or the parameter groups are others.
-        """
-        assert self.rebuilder is not None
-        if saved["digest"] == digest(self.rebuilder.blueprint):  # the user's loop has brought it here; groups differ
-            blueprint = copy_blueprint(self.rebuilder.blueprint)
-        else:
-            if self._original is None:
-                raise CheckpointError(f"{path}: the checkpoint has another architecture and no blueprint is kept")
-            blueprint = copy_blueprint(self._original)
-            for method in self.methods:
-                blueprint = method.shape_model(blueprint, saved["methods"][method.name])
-        if digest(blueprint) != saved["digest"]:
-            raise CheckpointError(
-                f"{path}: the checkpoint belongs to another model (architecture {saved['digest']}, "
-                f"this one becomes {digest(blueprint)})"
-            )
-        trainable = {name for name, p in blueprint.named_parameters() if p.requires_grad}
-        named = {name for _, members in saved["groups"] for name in members}
-        parents = {str(label).split(BIRTH)[0] for label, _ in saved["groups"]}
-        if named != trainable or not parents <= set(self.rebuilder.groups.hypers):
-            raise CheckpointError(
-                f"{path}: the checkpoint has other parameter groups ({', '.join(sorted(parents))}) than this run "
-                f"({', '.join(self.rebuilder.groups.hypers)})"
-            )
-        return blueprint
-
-    def load_efftrain_state(self, state: dict[str, Any]) -> None:
-        """Restore what `efftrain_state` returned; the next step enters its stage anew."""
-        for method in self.methods:
-            method.load_state_dict(state["methods"][method.name])
-        self.context.step = state["step"]
-        self.context.stage = None
-        self._begun = False
-
-    def _check_state(self, extra: dict[str, Any]) -> None:
-        """Refuse the state of other methods, before anything is loaded."""
-        state = extra.get("efftrain")
-        if state is None:
-            raise CheckpointError("the checkpoint was not made by save_checkpoint of this package")
-        saved, active = sorted(state["methods"]), sorted(m.name for m in self.methods)
-        if saved != active:
-            raise CheckpointError(f"the checkpoint was made with methods {saved}, this run has {active}")
-
-    def save_checkpoint(
-        self,
-        save_dir: str | Path,
-        tag: str | None = None,
-        client_state: dict[str, Any] | None = None,
-        save_latest: bool = True,
-        exclude_frozen_parameters: bool = False,
-        *,
-        keep: int | None = None,
-    ) -> bool:
-        """Save the whole state in the checkpoint store (plain tensors, any ZeRO stage and world size on load).
-
-        Same arguments as DeepSpeed's; `client_state` holds plain types and tensors. Collective.
-
-        Raises:
-            CheckpointError: writing failed, or accumulation is in flight.
-        """
-        if exclude_frozen_parameters:
-            raise CheckpointError("save_checkpoint: exclude_frozen_parameters=True is not supported")
-        if self._in_flight:
-            raise CheckpointError("a checkpoint can be saved only between optimizer steps (accumulation is in flight)")
-        store.save(
-            self.deepspeed_engine,
-            save_dir,
-            step=self.context.step,
-            tag=tag,
-            ema=self.ema,
-            keep=keep,
-            latest=save_latest,
-            extra={"efftrain": self.efftrain_state(), "client": client_state or {}},
-        )
-        return True
-
-    def load_checkpoint(
-        self,
-        load_dir: str | Path,
-        tag: str | None = None,
-        load_module_strict: bool = True,
-        load_optimizer_states: bool = True,
-        load_lr_scheduler_states: bool = True,
-        load_module_only: bool = False,
-        custom_load_fn: Callable | None = None,
-    ) -> tuple[str | None, dict[str, Any] | None]:
-        """Load a checkpoint made by `save_checkpoint`; returns (path, client_state) or (None, None). Collective.
-
-        Raises:
-            CheckpointError: damaged, or of another model.
-        """
-        if custom_load_fn is not None or not load_module_strict:
-            raise CheckpointError("load_checkpoint: only strict loading without custom_load_fn is supported")
-        path = store.find(load_dir, tag)
-        if path is None:
-            return None, None
-        full = load_optimizer_states and not load_module_only
-        if full and self.rebuilder is not None:
-            self._adopt_architecture(self._saved_architecture(path), path)
-        loaded = store.load(
-            self.deepspeed_engine,
-            path,
-            ema=self.ema,
-            optimizer_state=full,
-            check=self._check_state if full else None,
-            scheduler_state=load_lr_scheduler_states and not load_module_only,
-        )
-        if full:
-            self.load_efftrain_state(loaded.extra["efftrain"])
-            self._in_flight = False
-            if self.rebuilder is not None:
-                for method in self.methods:
-                    method.on_rebuilt(self.context)
-        return str(path), loaded.extra["client"]

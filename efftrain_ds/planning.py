@@ -25,6 +25,8 @@ from .cost.plan import PricedPlan, bandwidth_of, price
 from .cost.throughput import Measured, Throughput, machine_name, profile_key
 from .data import bundled
 from .data.manifest import MANIFEST, Manifest, load_manifest
+from .data.remote import open_data
+from .data.transport import is_remote
 from .observe.console import StageOutcome
 from .observe.meters import StepMeter, seconds_left
 
@@ -46,7 +48,7 @@ def data_facts(config: LoadedConfig, samples: int | None = None) -> DataFacts:
     """
     data = config.efftrain.data
     found, names = bundled.samples(data.train), bundled.classes(data.train)
-    if found is None and (manifest := _manifest(data.train)) is not None:
+    if found is None and (manifest := _manifest(config)) is not None:
         found, names = manifest.samples, manifest.classes
     if found is not None and data.samples is not None and found != data.samples:
         raise PlanError(f"efftrain.data.samples is {data.samples}, but {data.train} holds {found} samples")
@@ -60,9 +62,15 @@ def data_facts(config: LoadedConfig, samples: int | None = None) -> DataFacts:
     return DataFacts(count or 0, classes)
 
 
-def _manifest(where: str) -> Manifest | None:
-    path = Path(where)
-    if where and (path.is_file() or (path / MANIFEST).is_file()):
+def _manifest(config: LoadedConfig) -> Manifest | None:
+    """The manifest of the training data; of a remote one only where the configuration does not say what is needed."""
+    data = config.efftrain.data
+    if is_remote(data.train):
+        if data.samples is not None and config.efftrain.model.num_classes is not None:
+            return None
+        return open_data(data.train, cache_dir=data.cache_dir, allow_pipe=data.allow_pipe, index=False)
+    path = Path(data.train)
+    if data.train and (path.is_file() or (path / MANIFEST).is_file()):
         return load_manifest(path)
     return None
 

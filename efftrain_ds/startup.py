@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import deepspeed
@@ -19,6 +20,7 @@ from .core.method import Method
 from .core.timeline import Schedule
 from .embedded import embedded_schedule
 from .engine import EfficientEngine
+from .guards.guard import Guard
 from .zero import access
 from .zero.blueprint import make_blueprint
 from .zero.ema import ShardedEma
@@ -65,6 +67,7 @@ def initialize(
     record: Callable[..., None] | None = None,
     rebuildable: bool = False,
     probe_batches: Callable[[int], list[Batch]] | None = None,
+    guard: bool | None = None,
 ) -> tuple[EfficientEngine, Any, Any, Any]:
     """``deepspeed.initialize`` with the ``"efftrain"`` section of the configuration carried out.
 
@@ -78,6 +81,7 @@ def initialize(
         record: journal function.
         rebuildable: keep what `EfficientEngine.rebuild` needs, also where no method changes parameters.
         probe_batches: fixed labelled samples for methods that search, see `core.context.Context`.
+        guard: watch the run as ``efftrain.guard`` says; None = where a method is configured or that key is given.
 
     Raises:
         ConfigError: the configuration is wrong. Nothing was started.
@@ -131,7 +135,10 @@ def initialize(
         why = access.unsupported(engine) or access.unreadable(engine)
         if why is not None:
             raise ConfigError(why)
-    proxy = _attach(engine, loaded, chosen, schedule, owns_batch, record, rebuilder, original if changes else None)
+    watcher = _guard(loaded, chosen, guard)
+    proxy = _attach(
+        engine, loaded, chosen, schedule, owns_batch, record, watcher, rebuilder, original if changes else None
+    )
     proxy.context.probe_batches = probe_batches
     if changes:  # these objects are replaced with the engine
         ds_optimizer = Current(proxy, "optimizer")
@@ -174,12 +181,13 @@ def _check_rebuildable(optimizer: Any, lr_scheduler: Any, mpu: Any) -> None:
         raise ConfigError("initialize: mpu (tensor or pipeline parallelism) is not supported where parameters change")
 
 
-def wrap(engine: Any, config: Any = None) -> EfficientEngine:
+def wrap(engine: Any, config: Any = None, *, guard: bool | None = None) -> EfficientEngine:
     """Give an existing DeepSpeedEngine the methods of `config` (those that do not change parameters).
 
     Args:
         engine: a DeepSpeedEngine before its first step.
         config: path or dictionary with an ``"efftrain"`` section; None means no method.
+        guard: as in `initialize`.
 
     Raises:
         ConfigError: the configuration is wrong, or a method would change parameters.
@@ -196,7 +204,19 @@ def wrap(engine: Any, config: Any = None) -> EfficientEngine:
     for method in chosen:
         if method.prepare_model(engine.module) is not engine.module:
             raise ConfigError(f"wrap: {method.name} replaces the model; use efftrain_ds.initialize instead")
-    return _attach(engine, loaded, chosen, schedule, False, None)
+    return _attach(engine, loaded, chosen, schedule, False, None, _guard(loaded, chosen, guard))
+
+
+def _guard(loaded: LoadedConfig, methods: Sequence[Method], wanted: bool | None) -> Guard | None:
+    """The guard of a run, where one is wanted; replay files go to the output folder where that was chosen."""
+    section = loaded.efftrain
+    asked = wanted is True or "guard" in section.model_fields_set
+    if section.guard is None and wanted:  # a trainer needs the exchange of stop requests in any case
+        return Guard(nonfinite=False, decisions=False, stall_s=None)
+    if section.guard is None or wanted is False or not (asked or methods):
+        return None
+    faults = Path(section.run.output) / "faults" if asked or "output" in section.run.model_fields_set else None
+    return Guard(**section.guard.model_dump(), faults=faults)
 
 
 def _attach(
@@ -206,12 +226,13 @@ def _attach(
     schedule: Schedule | None,
     owns_batch: bool,
     record: Callable[..., None] | None,
+    guard: Guard | None,
     rebuilder: Rebuilder | None = None,
     original: nn.Module | None = None,
 ) -> EfficientEngine:
     average = loaded.efftrain.model.ema
     ema = None
-    if methods or average is not None:
+    if methods or average is not None or guard is not None:
         access.check_version()
     if average is not None:
         ema = ShardedEma(access.layout_of(engine), average.decay, average.warmup)
@@ -225,4 +246,5 @@ def _attach(
         record=record,
         rebuilder=rebuilder,
         original=original,
+        guard=guard,
     )

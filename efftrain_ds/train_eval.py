@@ -8,14 +8,21 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from .core import faults
 from .core.batch import Batch
 from .core.errors import ShardError
 
 
 @torch.no_grad()
 def evaluate(
-    engine: Any, loader: Any, prepare: Callable[[Batch], Batch], samples: int, *, ema: bool = False
-) -> dict[str, float]:
+    engine: Any,
+    loader: Any,
+    prepare: Callable[[Batch], Batch],
+    samples: int,
+    *,
+    ema: bool = False,
+    stop: Callable[[], bool] | None = None,
+) -> dict[str, float] | None:
     """Top-1, top-5 (where there are more than five classes) and cross-entropy on the whole held-out split.
 
     Args:
@@ -24,9 +31,10 @@ def evaluate(
         prepare: moves a batch to the device and normalises it.
         samples: size of the split; the sum over all ranks is checked against it.
         ema: evaluate the average of the weights.
+        stop: asked before each batch, on all ranks; True breaks the evaluation off.
 
     Returns:
-        ``{"top1": share, "top5": share, "loss": mean}``.
+        ``{"top1": share, "top5": share, "loss": mean}``, or None where it was broken off.
 
     Raises:
         ShardError: samples were lost or counted twice.
@@ -36,6 +44,9 @@ def evaluate(
     classes = 0
     with engine.evaluating(ema=ema):
         for batch in loader:
+            faults.point("eval.batch")
+            if stop is not None and stop():
+                return None
             batch = prepare(batch)
             logits = engine(batch.images).float()
             classes = logits.shape[1]

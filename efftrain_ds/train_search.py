@@ -123,7 +123,7 @@ class SearchTrainer(Trainer):
         self.settings = check_searches(config)
         run = config.efftrain.run
         run = run.model_copy(update={"output": str(Path(run.output) / "search")})
-        observe = config.efftrain.observe.model_copy(update={"tensorboard": False, "images_every": None})
+        observe = config.efftrain.observe.model_copy(update={"tensorboard": False, "images_every": None, "wandb": None})
         changed = config.efftrain.model_copy(update={"run": run, "observe": observe})
         super().__init__(replace(config, efftrain=changed), cut=only_searches)
         self.found: list[dict[str, float | int | None]] = []

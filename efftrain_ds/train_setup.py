@@ -7,13 +7,16 @@ import json
 import logging
 import math
 import os
+import random
 import resource
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import deepspeed
+import numpy as np
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
@@ -26,11 +29,11 @@ from .core.rng import derive_seed
 from .core.timeline import Schedule
 from .cost.plan import PricedPlan, PricedStage
 from .cost.throughput import Throughput, load_throughput, machine_name, profile_key
-from .data import bundled
 from .data.augment import DeviceAugment
 from .data.evaluation import EvalLoader
 from .data.loader import TicketSpec, TrainLoader
-from .data.manifest import Manifest, load_manifest
+from .data.manifest import Manifest
+from .data.remote import open_data
 from .engine import EfficientEngine
 from .lr_schedule import ProgressLR
 from .models.adapters import create_model, no_weight_decay_groups
@@ -74,6 +77,9 @@ def start_processes(config: LoadedConfig) -> tuple[int, int, torch.device]:
         os.environ.setdefault("MASTER_PORT", "0" if not dist.is_initialized() else "29500")
         if os.environ["MASTER_PORT"] == "0":
             os.environ["MASTER_PORT"] = str(_free_port())
+    # the ninja of this environment: another version on the machine takes DeepSpeed's compiled extension for outdated
+    # and builds it anew, for minutes, in every process start that follows the other one
+    os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
     accelerator = get_accelerator()
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     if accelerator.device_name() == "cpu":
@@ -160,8 +166,10 @@ def build(
     """
     section = config.efftrain
     rank, world, device = start_processes(config)
-    train_manifest = load_manifest(bundled.resolve(section.data.train))
-    val_manifest = load_manifest(bundled.resolve(section.data.val)) if section.data.val is not None else None
+    data = section.data
+    remote = {"cache_dir": data.cache_dir, "cache_gb": data.cache_gb, "allow_pipe": data.allow_pipe}
+    train_manifest = open_data(data.train, **remote)
+    val_manifest = open_data(data.val, **remote) if data.val is not None else None
     num_classes = section.model.num_classes or len(train_manifest.classes)
     methods = build_methods(config)
     profile = _profile(output / "throughput.json", config, world)
@@ -192,9 +200,13 @@ def build(
         methods=methods,
         owns_batch=True,
         record=record,
+        guard=True,
     )
     # every rank drops other paths; all of them are restored by a resume
-    torch.manual_seed(derive_seed(section.run.seed, "rank", rank))
+    seed = derive_seed(section.run.seed, "rank", rank)
+    torch.manual_seed(seed)
+    random.seed(seed)  # nothing of ours draws from these two, but a method or a model may
+    np.random.seed(seed % 2**32)
     precision = precision_of(config.deepspeed)
     augment, loader, val_loader = _data(
         config, output, train_manifest, val_manifest, schedule, rank, world, num_classes

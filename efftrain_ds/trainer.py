@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import logging
-import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from .checkpoint import store
 from .config.loader import LoadedConfig
+from .core import faults
 from .core.batch import Batch
-from .core.durations import Duration, parse_duration
-from .core.errors import CheckpointError
+from .core.errors import Preempted
 from .core.timeline import Stage
 from .cost.plan import PricedPlan
 from .cost.render import total_lines
@@ -32,18 +31,16 @@ from .observe.console import (
     stage_lines,
     start_block,
 )
-from .observe.journal import Journal
 from .observe.meters import Chrono, StepMeter
 from .observe.pictures import batch_picture, save_png, zoomed
-from .observe.tensorboard import TensorBoard
 from .planning import make_plan, measured_throughput, outcomes, time_left
 from .train_eval import evaluate
+from .train_logs import RunLogs
+from .train_saving import Saver, due, steps_of
 from .train_setup import build, memory_bytes, schedule_digest
+from .train_signals import StopSignals
 
 logger = logging.getLogger(__name__)
-
-_SHOWN = ("rebuild", "growth", "growth_search", "unfreeze_search")
-"""Events of the journal that TensorBoard shows as text."""
 
 
 class Trainer:
@@ -68,7 +65,7 @@ class Trainer:
         self.config = config
         self.measuring = measure_steps is not None
         self.output = Path(config.efftrain.run.output)
-        self.journal: Journal | None = None
+        self.logs: RunLogs | None = None
         self.run_parts = build(config, self.output, self._record, measure_steps=measure_steps, cut=cut)
         run = self.run_parts
         self.engine, self.plan, self.schedule = run.engine, run.plan, run.schedule
@@ -77,10 +74,25 @@ class Trainer:
         self.chrono = Chrono()
         self.best: dict[str, float] = {}
         self.results: dict[str, float] = {}
-        self.board: TensorBoard | None = None
+        self.logs = RunLogs(
+            config,
+            rank=run.rank,
+            world=run.world,
+            write=not self.measuring,
+            train_seconds=lambda: sum(self.meter.stage_seconds.values()),
+        )
         self._loss_sum = torch.zeros((), device=run.device)
         self._loss_steps = 0
-        self._last_save = time.monotonic()
+        self._evaluation_due = False
+        self._changes: list[str] = []
+        assert self.engine.guard is not None
+        self.guard = self.engine.guard
+        self.guard.on_nonfinite = self._nonfinite
+        self.guard.sample_names = self._sample_names
+        self._signals = StopSignals(self.guard.request_stop, self._stop_note)
+        self.saver = Saver(
+            self.engine, config, self.schedule, self._client_state, self._record, lambda text: self.console.write(text)
+        )
         self._picture: Batch | None = None
         self._old_stage: Stage | None = None
         self.engine.context.say = self._say
@@ -95,29 +107,38 @@ class Trainer:
             ShardError: too many unreadable samples, or a held-out sample is unreadable.
             CheckpointError: a checkpoint cannot be written or does not belong to this run.
         """
-        resumed = None if self.measuring else self._resume()
-        self._open_logs(resumed)
+        with self._signals if self.config.efftrain.checkpoint.on_signal else nullcontext():
+            try:
+                return self._run()
+            finally:
+                self.chrono.switch(None)
+                self._close()
+
+    def _run(self) -> dict[str, float]:
+        resumed = self._resume()
+        assert self.logs is not None
+        self.logs.open(self.plan, step=self.engine.step_index, resumed=resumed, changes=self._changes)
+        self.guard.watch(self.output / "watch")
         self._show_start(resumed)
         self.engine.train()
         self.chrono.switch("train")
+        if self._evaluation_due:  # the run before was stopped at it
+            self._evaluate()
         batches: Iterator[Batch] = iter(self.run_parts.loader)
-        try:
-            while self.engine.step_index < self.schedule.total_steps:
-                self._train_step(batches)
-            if self.measuring:
-                self._store_throughput()
-                return {}
-            if not self.results:
-                self._evaluate()
-            self._finish()
-        finally:
-            self.chrono.switch(None)
-            self._close()
+        while self.engine.step_index < self.schedule.total_steps:
+            self._train_step(batches)
+        if self.measuring:
+            self._store_throughput()
+            return {}
+        if not self.results:
+            self._evaluate()
+        self._finish()
         return self.results
 
     def _train_step(self, batches: Iterator[Batch]) -> None:
         run, engine = self.run_parts, self.engine
         step = engine.step_index
+        faults.point("step.begin")
         set_step = getattr(engine.lr_scheduler, "set_step", None)  # ours; a rebuild replaces it
         if set_step is not None:
             set_step(step)
@@ -147,8 +168,10 @@ class Trainer:
                     engine.step()
                 if shown is not None:
                     self._show_picture(shown, batch, step)
+        faults.point("step.before_update")
         with self.meter.part("step"):
             engine.step()
+        faults.point("step.end")
         self._loss_steps += 1
         run.loader.commit(stage.batch)
         self.meter.end(stage.index, stage.batch // run.world)
@@ -165,99 +188,77 @@ class Trainer:
         return count.clamp(min=1) / (self.run_parts.world * len(micro))
 
     def _after_step(self, done: int, stage: Stage) -> None:
-        observe, checkpoint = self.config.efftrain.observe, self.config.efftrain.checkpoint
+        observe = self.config.efftrain.observe
         last = done == self.schedule.total_steps
         self.results = {}
         if done % observe.log_every == 0 or last:
             self._log(done, stage)
         if self.measuring:
             return
-        if self.run_parts.val_loader is not None and (last or self._eval_due(done)):
+        self._evaluation_due = self.run_parts.val_loader is not None and (last or self._eval_due(done))
+        if self.guard.stop_agreed:
+            self._stop()
+        if self._evaluation_due:
             self._evaluate()
-        if last or self._save_due(checkpoint.every, done):
-            self._save()
+        if last or self.saver.due(done):
+            self._save(required=last)
 
-    # -- intervals ---------------------------------------------------------------------------------------------
-
-    def _steps_of(self, duration: Duration) -> int | None:
-        spec = self.schedule.spec
-        per_epoch = spec.samples / spec.batch if spec.samples else self.schedule.total_steps
-        return duration.steps(per_epoch, self.schedule.total_steps)
+    # -- intervals, saving -------------------------------------------------------------------------------------
 
     def _due(self, text: str | None, step: int) -> bool:
-        """True where a multiple of the interval ends at `step` (wall-clock units are not for these)."""
-        if text is None or self.measuring:
-            return False
-        every = self._steps_of(parse_duration(text))
-        return every is not None and step % max(every, 1) == 0
+        return not self.measuring and due(self.schedule, text, step)
 
     def _eval_due(self, step: int) -> bool:
         """As `_due`, but not so near the end that the last evaluation repeats it."""
-        every = self._steps_of(parse_duration(self.config.efftrain.observe.eval_every)) or 0
-        return (
-            self._due(self.config.efftrain.observe.eval_every, step) and self.schedule.total_steps - step >= every // 2
-        )
-
-    def _save_due(self, text: str | None, step: int) -> bool:
-        if text is None:
-            return False
-        duration = parse_duration(text)
-        if duration.seconds is None:
-            return self._due(text, step)
-        # clocks differ between ranks: rank 0 decides, at log steps only, so that no other step pays for it
-        if step % self.config.efftrain.observe.log_every:
-            return False
-        answer = torch.tensor(
-            [float(time.monotonic() - self._last_save >= duration.seconds)], device=self.run_parts.device
-        )
-        dist.broadcast(answer, src=0)
-        return bool(answer.item())
-
-    # -- resume and save ---------------------------------------------------------------------------------------
-
-    @property
-    def _folder(self) -> Path:
-        return self.output / "checkpoints"
+        text = self.config.efftrain.observe.eval_every
+        return self._due(text, step) and self.schedule.total_steps - step >= (steps_of(self.schedule, text) or 0) // 2
 
     def _resume(self) -> str | None:
-        if not self.config.efftrain.checkpoint.resume:
+        found = None if self.measuring else self.saver.resume()
+        if found is None:
             return None
-        path = store.find(self._folder)
-        if path is None:
-            return None
-        client = store.read_extra(path)["client"]
-        mine = schedule_digest(self.schedule)
-        if client.get("plan") != mine:
-            raise CheckpointError(
-                f"{path} was made by another plan ({client.get('plan')}, this one is {mine}): the stages, the "
-                "batch or the seed differ. Set efftrain.run.output to a new folder, or efftrain.checkpoint.resume "
-                "to false"
-            )
-        _, client = self.engine.load_checkpoint(self._folder, path.name)
-        assert client is not None
+        path, client, changes = found
         self.run_parts.loader.load_state_dict(client["data"])
         self.meter.load_state_dict(client["meter"])
         self.chrono.load_state_dict(client["chrono"])
         self.best = client["best"]
+        self._evaluation_due = client.get("evaluation_due", False)
+        self._changes = [str(change) for change in changes]
         return path.name
 
-    def _save(self) -> None:
-        start = time.monotonic()
-        with self.chrono.during("checkpoint"):
-            client = {
-                "plan": schedule_digest(self.schedule),
-                "data": self.run_parts.loader.state_dict(),
-                "meter": self.meter.state_dict(),
-                "chrono": self.chrono.state_dict(),
-                "best": self.best,
-                "config": json.dumps(self.config.resolved()),
-            }
-            self.engine.save_checkpoint(self._folder, client_state=client, keep=self.config.efftrain.checkpoint.keep)
-        self._last_save = time.monotonic()
+    def _client_state(self) -> dict[str, Any]:
+        return {
+            "plan": schedule_digest(self.schedule),
+            "data": self.run_parts.loader.state_dict(),
+            "meter": self.meter.state_dict(),
+            "chrono": self.chrono.state_dict(),
+            "best": self.best,
+            "evaluation_due": self._evaluation_due,
+        }
+
+    def _save(self, *, required: bool = False) -> None:
+        with self.chrono.during("checkpoint"), self.guard.phase("checkpoint"):
+            saved = self.saver.save(required=required)
+        if saved and self.logs is not None:
+            self.logs.scalars({"ckpt/save_s": self.saver.seconds or 0.0}, self.engine.step_index)
+
+    def _stop(self) -> None:
+        """Save and end, as some rank was asked to.
+
+        Raises:
+            Preempted: when everything is saved.
+        """
+        self._save(required=True)
+        self._signals.ignore()
         step = self.engine.step_index
-        self._record("checkpoint", step=step, seconds=self._last_save - start)
-        if self.board is not None:
-            self.board.scalars({"ckpt/save_s": self._last_save - start}, step)
+        self._record("preempted", step=step, seconds=self.saver.seconds)
+        raise Preempted(
+            f"asked to stop: saved at step {step:,} in {self.saver.seconds or 0:.1f} s. Go on with the same command"
+        )
+
+    def _stop_note(self, name: str) -> str:
+        about = f" (about {self.saver.seconds:.0f} s)" if self.saver.seconds is not None else ""
+        return f"{name}: saving at the end of step {self.engine.step_index + 1:,}{about} - press again to abort"
 
     # -- evaluation --------------------------------------------------------------------------------------------
 
@@ -266,61 +267,49 @@ class Trainer:
         if run.val_loader is None or run.val_manifest is None:
             return
         start = time.monotonic()
-        with self.chrono.during("eval"):
+        with self.chrono.during("eval"), self.guard.phase("evaluation"):
             args = (
                 self.engine,
                 run.val_loader,
                 lambda b: run.augment.evaluate(b.to(run.device)),
                 run.val_manifest.samples,
             )
-            results = evaluate(*args)
-            if self.engine.ema is not None:
-                results |= evaluate(*args, ema=True)
+            results = evaluate(*args, stop=self.guard.poll)
+            if results is not None and self.engine.ema is not None:
+                average = evaluate(*args, ema=True, stop=self.guard.poll)
+                results = results | average if average is not None else None
+        if results is None:
+            self._stop()
         for name, value in results.items():
             pick = min if name.endswith("loss") else max
             self.best[name] = pick(self.best.get(name, value), value)
         self.results = results
+        self._evaluation_due = False
         step, seconds = self.engine.step_index, time.monotonic() - start
         self.console.write(eval_line(step, results, samples=run.val_manifest.samples, seconds=seconds, best=self.best))
-        self._record("eval", step=step, train_seconds=sum(self.meter.stage_seconds.values()), **results)
-        if self.board is not None:
-            self.board.scalars({f"eval/{name}": value for name, value in results.items()}, step)
+        self._record("eval", step=step, **results)
+        if self.logs is not None:
+            self.logs.scalars({f"eval/{name}": value for name, value in results.items()}, step)
 
     # -- what is shown -----------------------------------------------------------------------------------------
 
     def _record(self, event: str, step: int | None = None, **data: Any) -> None:
-        at = self.engine.step_index if step is None else step
-        if self.journal is not None:
-            self.journal.write(event, step=at, **data)
+        if self.logs is None:
+            return
+        self.logs.record(event, step=self.engine.step_index if step is None else step, **data)
         if event == "rebuild":
             before, after = data["parameters"]
             counts = f"{before / 1e6:.3g} M -> {after / 1e6:.3g} M trainable parameters"
             self.console.write(f"rebuild  {data['reason']}: {counts} in {data['seconds']:.2f} s")
-        if self.board is not None and event in _SHOWN:
-            self.board.text(event, json.dumps(data, indent=1, default=str), at)
-            if event == "rebuild":
-                values = {"rebuild/seconds": data["seconds"], "rebuild/parameters": data["parameters"][1]}
-                self.board.scalars(values, at)
 
-    def _open_logs(self, resumed: str | None) -> None:
-        run, enabled = self.run_parts, self.run_parts.rank == 0 and not self.measuring
-        step = self.engine.step_index
-        if enabled:
-            self.output.mkdir(parents=True, exist_ok=True)
-            (self.output / "config.json").write_text(json.dumps(self.config.resolved(), indent=1) + "\n")
-            (self.output / "plan.json").write_text(json.dumps(self.plan.to_dict(), indent=1) + "\n")
-        self.journal = Journal(self.output / "journal.jsonl", enabled=enabled)
-        if resumed is not None:
-            self.journal.resume(step, checkpoint=resumed)
-        else:
-            self.journal.write("start", step=step, argv=sys.argv, torch=torch.__version__, world=run.world)
-        tensorboard = enabled and self.config.efftrain.observe.tensorboard
-        self.board = TensorBoard(
-            self.output / "tensorboard", enabled=tensorboard, rank=run.rank, purge_step=step if resumed else None
-        )
-        if tensorboard:
-            self.board.text("plan", json.dumps(self.plan.to_dict(), indent=1), step)
-            self.board.text("config", json.dumps(self.config.resolved(), indent=1), step)
+    def _nonfinite(self, findings: list[Any]) -> None:
+        self._record("nonfinite", findings=[asdict(found) for found in findings], count=self.guard.count)
+
+    def _sample_names(self, ids: list[int]) -> list[str]:
+        """Where samples lie: shard and offset, as the index says."""
+        manifest = self.run_parts.train_manifest
+        rows = manifest.table[ids]
+        return [f"{manifest.shards[int(row[0])].name}@{int(row[1])}" for row in rows]
 
     def _show_start(self, resumed: str | None) -> None:
         run, data = self.run_parts, self.config.efftrain.data
@@ -330,7 +319,8 @@ class Trainer:
             )
             return
         device = torch.cuda.get_device_name() if run.device.type == "cuda" else "cpu"
-        command = self.board.command if self.board is not None and self.config.efftrain.observe.tensorboard else None
+        board = self.logs.board if self.logs is not None else None
+        command = board.command if board is not None and self.config.efftrain.observe.tensorboard else None
         info = StartInfo(
             run_id=self.output.name,
             resumed_from=resumed,
@@ -352,6 +342,8 @@ class Trainer:
             tensorboard=command,
         )
         self.console.write(start_block(info))
+        for change in self._changes:
+            self.console.write(f"changed since the checkpoint  {change}")
 
     def _label(self, stage: Stage) -> str:
         return " ".join(word for word in (m.describe(stage) for m in self.engine.methods) if word)
@@ -378,6 +370,8 @@ class Trainer:
             throughput=self.run_parts.throughput,
             methods=self.engine.methods,
         )
+        if self.logs is not None:
+            self.logs.write_plan(self.plan)
 
     def _announce(self, stage: Stage) -> None:
         stage = self.plan.schedule.stages[stage.index]
@@ -424,10 +418,21 @@ class Trainer:
         )
         self.console.write(run_line(state))
         self._scalars(state, done)
+        self._record(
+            "log",
+            step=done,
+            loss=state.loss,
+            lr=state.lr,
+            grad_norm=state.grad_norm,
+            images_per_s=state.images_per_s,
+            data_share=state.data_share,
+            memory=state.memory,
+            cost_done=state.cost_done,
+            skipped_steps=self.engine.skipped_steps,
+            bad_samples=sum(run.loader.bad_samples.values()),
+        )
 
     def _scalars(self, state: RunState, done: int) -> None:
-        if self.board is None:
-            return
         values = {
             "loss/train": state.loss,
             "optim/lr": state.lr,
@@ -448,7 +453,8 @@ class Trainer:
         values |= {tag: value for tag, value in optional.items() if value is not None}
         for method in self.engine.methods:
             values |= method.scalars(self.engine.context)
-        self.board.scalars(values, done)
+        if self.logs is not None:
+            self.logs.scalars(values, done)
 
     def _show_picture(self, original: torch.Tensor, batch: Batch, step: int) -> None:
         data = self.config.efftrain.data
@@ -456,8 +462,8 @@ class Trainer:
             original.cpu(), batch.images[: len(original)].detach().float().cpu(), data.mean, data.std
         )
         picture = zoomed(picture, original.shape[-1])
-        if self.board is not None:
-            self.board.image("batch/original_seen_spectrum", picture, step)
+        if self.logs is not None and self.logs.board is not None:
+            self.logs.board.image("batch/original_seen_spectrum", picture, step)
         save_png(picture, self.output / "pictures" / f"batch-step-{step:08d}.png")
 
     # -- the end -----------------------------------------------------------------------------------------------
@@ -479,6 +485,10 @@ class Trainer:
             **self.results,
             seconds=sum(stage.seconds for stage in stages),
             predicted_seconds=self.plan.seconds,
+            stages=[
+                {"index": i, "steps": n, "seconds": self.meter.stage_seconds[i]}
+                for i, n in sorted(self.meter.stage_steps.items())
+            ],
             bad_samples=self.run_parts.loader.bad_samples,
             others=others,
         )
@@ -487,6 +497,6 @@ class Trainer:
         self.run_parts.loader.close()
         if self.run_parts.val_loader is not None:
             self.run_parts.val_loader.close()
-        for log in (self.journal, self.board):
-            if log is not None:
-                log.close()
+        self.guard.close()
+        if self.logs is not None:
+            self.logs.close()

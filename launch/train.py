@@ -8,9 +8,11 @@ A search alone:    deepspeed launch/train.py --ds_config ds_configs/X.json --sea
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 import traceback
+from pathlib import Path
 
 from efftrain_ds.cli.args import add_config_arguments
 from efftrain_ds.cli.search import SEARCHES, add_output_argument
@@ -42,6 +44,7 @@ def main() -> int:
     arguments = parser.parse_args()
     rank = int(os.environ.get("RANK", "0"))
     world = int(os.environ.get("WORLD_SIZE", "1"))
+    config = None
     try:
         from efftrain_ds.config.loader import load_config
 
@@ -60,9 +63,24 @@ def main() -> int:
             print(f"[rank {rank}] {error}" if rank else str(error), file=sys.stderr, flush=True)
         return error.exit_code
     except Exception:
-        print(f"[rank {rank}]", traceback.format_exc(), file=sys.stderr, flush=True)
+        text = traceback.format_exc()
+        print(f"[rank {rank}]", text, file=sys.stderr, flush=True)
+        if config is not None:
+            _keep(Path(config.efftrain.run.output) / f"crash.rank{rank}.txt", text)
         return 1
     return 0
+
+
+def _keep(path: Path, text: str) -> None:
+    """Keep what an unexpected error said, with the environment, beside the run's other files."""
+    from efftrain_ds.observe.environment import environment
+
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"{text}\n{json.dumps({'argv': sys.argv, **environment()}, indent=1)}\n")
+        print(f"written to {path}; go on from the last checkpoint with the same command", file=sys.stderr, flush=True)
+    except OSError as error:
+        print(f"{path}: {error}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
+from ..core import faults
 from ..core.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
@@ -52,19 +53,45 @@ def write_json(path: Path, document: object) -> None:
     sync_file(path)
 
 
-def seal(partial: Path, final: Path, digests: dict[str, dict], *, latest: bool = True) -> None:
+def receipt_name(rank: int) -> str:
+    """File that a rank leaves in a checkpoint that is being written, see `background`."""
+    return f"rank-{rank:05d}.receipt"
+
+
+def seal(partial: Path, final: Path, entries: Iterable[dict], *, latest: bool = True) -> None:
     """Turn a complete temporary folder into the checkpoint `final` and point ``latest`` at it.
 
     A checkpoint of the same name is moved aside first and deleted last, so that one of the two is always there.
+
+    Args:
+        partial: the temporary folder.
+        final: the checkpoint.
+        entries: {"name", "bytes", "sha256"} of every file, of all ranks.
+        latest: move the pointer.
+
+    Raises:
+        CheckpointError: a file of some rank is not to be seen here.
+        OSError: the disk refuses.
     """
+    digests = {entry["name"]: {key: entry[key] for key in ("bytes", "sha256")} for entry in entries}
+    for name, entry in digests.items():
+        file = partial / name
+        if not file.is_file() or file.stat().st_size != entry["bytes"]:
+            raise CheckpointError(
+                f"{file}: written by its rank but not to be seen on the first one; the output folder must be on a "
+                "file system that all nodes share"
+            )
+    faults.point("save.before_manifest")
     write_json(partial / MANIFEST, {"format": 1, "files": digests})
     sync_file(partial)
+    faults.point("save.before_rename")
     old = final.parent / f".tmp-old-{final.name}"
     if final.exists():
         shutil.rmtree(old, ignore_errors=True)
         final.rename(old)
     partial.rename(final)
     sync_file(final.parent)
+    faults.point("save.before_latest")
     if latest:
         pointer = final.parent / (LATEST + ".partial")
         pointer.write_text(final.name + "\n")
@@ -72,6 +99,29 @@ def seal(partial: Path, final: Path, digests: dict[str, dict], *, latest: bool =
         pointer.replace(final.parent / LATEST)
         sync_file(final.parent)
     shutil.rmtree(old, ignore_errors=True)
+    faults.point("save.end")
+
+
+def free_space(root: Path, needed: int) -> None:
+    """Refuse to begin what cannot fit.
+
+    Args:
+        root: folder of the checkpoints.
+        needed: bytes of all ranks' files.
+
+    Raises:
+        CheckpointError: less than that is free.
+    """
+    found = shutil.disk_usage(root).free
+    if found < needed + _MARGIN:
+        raise CheckpointError(
+            f"{root}: {found / 1e6:,.0f} MB free, the checkpoint needs {(needed + _MARGIN) / 1e6:,.0f} MB; free some "
+            "space, or lower efftrain.checkpoint.keep"
+        )
+
+
+_MARGIN = 1 << 20
+"""Bytes for the small files of a checkpoint."""
 
 
 def verify(folder: Path) -> dict:

@@ -13,40 +13,30 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ..core.errors import CheckpointError
 from ..zero.access import Layout
+from .writer import Part
 
 
-def _own(tensor: Tensor) -> Tensor:
-    """Flattened CPU tensor that owns its storage (safetensors refuses shared storage)."""
-    flat = tensor.detach().reshape(-1)
-    if flat.device.type != "cpu":
-        return flat.cpu()
-    return flat if flat.untyped_storage().nbytes() == flat.numel() * flat.element_size() else flat.clone()
-
-
-def write_rank(
-    folder: Path,
+def rank_parts(
     rank: int,
     layout: Layout,
     shadow: list[Tensor] | None,
     local: dict[str, Tensor],
     plain: dict[str, Any],
-) -> list[Path]:
-    """Write the files of one rank; returns their paths.
+) -> list[Part]:
+    """The files of one rank. Their tensors are views of the training state: write or copy them before the next step.
 
     Args:
-        folder: temporary checkpoint folder.
         rank: this rank.
         layout: where the state is.
         shadow: tensors of the average, parallel to the flats, or None.
         local: further tensors of this rank (buffers, RNG states).
         plain: further JSON of this rank.
     """
-    tensors = {f"local.{name}": _own(t).reshape(t.shape) for name, t in local.items()}
+    tensors = {f"local.{name}": t.detach() for name, t in local.items()}
     index: list[list] = []
     scalars: list[dict] = []
     if not (layout.replicated and rank > 0):
@@ -55,14 +45,12 @@ def write_rank(
             sources["ema"] = shadow
         for key, flats in sources.items():
             for number, flat in enumerate(flats):
-                tensors[f"{key}.{number}"] = _own(flat)
+                tensors[f"{key}.{number}"] = flat.detach().reshape(-1)
         index = [[f.name, f.start, f.length, f.flat, f.offset] for f in layout.fragments]
         scalars = [layout.scalars(i) for i in range(len(layout.flats))]
         plain = {**plain, "keys": list(sources)}
-    data, text = folder / f"rank-{rank:05d}.safetensors", folder / f"rank-{rank:05d}.json"
-    save_file(tensors, str(data))
-    text.write_text(json.dumps({**plain, "fragments": index, "scalars": scalars}) + "\n")
-    return [data, text]
+    text = json.dumps({**plain, "fragments": index, "scalars": scalars}) + "\n"
+    return [Part(f"rank-{rank:05d}.safetensors", tensors), Part(f"rank-{rank:05d}.json", text)]
 
 
 @dataclass

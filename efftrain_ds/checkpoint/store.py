@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import random
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,19 +11,23 @@ from pathlib import Path
 from typing import Any
 
 import deepspeed
-import numpy as np
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
+from ..core import faults
 from ..core.errors import CheckpointError
 from ..zero import access
 from ..zero.access import Layout
+from ..zero.checks import text_of
 from ..zero.ema import ShardedEma
-from .folder import name_of, newest_good, prune, seal, sha256_of, sync_file, verify
+from .background import BackgroundSave
+from .folder import free_space, name_of, newest_good, prune, seal, verify
 from .plain import from_plain, to_plain
-from .shards import ShardReader, read_into, write_rank
+from .random_state import plain_rng_state, set_plain_rng_state
+from .shards import ShardReader, rank_parts, read_into
+from .writer import Part, write_part
 
 logger = logging.getLogger(__name__)
 
@@ -45,36 +48,25 @@ def _rank_world() -> tuple[int, int]:
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
-def _agree(error: str | None) -> list[str]:
-    """All ranks' errors, on all ranks."""
+def _gather(value: Any) -> list[Any]:
+    """The value of every rank, on all ranks."""
     _, world = _rank_world()
     if world == 1:
-        return [error] if error else []
+        return [value]
     gathered: list[Any] = [None] * world
-    dist.all_gather_object(gathered, error)
-    return [f"rank {rank}: {text}" for rank, text in enumerate(gathered) if text]
+    dist.all_gather_object(gathered, value)
+    return gathered
 
 
-def _rng_state() -> tuple[dict[str, Tensor], dict[str, Any]]:
-    kind, keys, position, has_gauss, cached = np.random.get_state()
-    tensors = {"rng.torch": torch.get_rng_state(), "rng.numpy": torch.from_numpy(keys.astype(np.int64))}
-    if torch.cuda.is_available():
-        tensors["rng.cuda"] = torch.cuda.get_rng_state()
-    version, internal, gauss = random.getstate()
-    return tensors, {
-        "numpy": [kind, position, has_gauss, cached],
-        "python": [version, list(internal), gauss],
-    }
+def _named(errors: list[str | None]) -> list[str]:
+    if len(errors) == 1:
+        return [text for text in errors if text]
+    return [f"rank {rank}: {text}" for rank, text in enumerate(errors) if text]
 
 
-def _set_rng_state(tensors: dict[str, Tensor], plain: dict[str, Any]) -> None:
-    torch.set_rng_state(tensors["rng.torch"])
-    if "rng.cuda" in tensors and torch.cuda.is_available():
-        torch.cuda.set_rng_state(tensors["rng.cuda"])
-    kind, position, has_gauss, cached = plain["numpy"]
-    np.random.set_state((kind, tensors["rng.numpy"].numpy().astype(np.uint32), position, has_gauss, cached))
-    version, internal, gauss = plain["python"]
-    random.setstate((version, tuple(internal), gauss))
+def _agree(error: str | None) -> list[str]:
+    """All ranks' errors, on all ranks."""
+    return _named(_gather(error))
 
 
 def _group_documents(layout: Layout) -> list[dict[str, Any]]:
@@ -91,7 +83,8 @@ def save(
     tag: str | None = None,
     keep: int | None = None,
     latest: bool = True,
-) -> Path:
+    background: bool = False,
+) -> BackgroundSave | None:
     """Write a checkpoint of a DeepSpeedEngine between two optimizer steps.
 
     Args:
@@ -103,9 +96,10 @@ def save(
         tag: folder name.
         keep: newest checkpoints to keep; None keeps all.
         latest: point ``latest`` at the new checkpoint.
+        background: copy the state in host memory and let threads write it; `finish` tells how it went.
 
     Returns:
-        The folder.
+        What `finish` takes, with `background`.
 
     Raises:
         CheckpointError: writing failed on some rank; earlier checkpoints are untouched.
@@ -114,70 +108,102 @@ def save(
         raise CheckpointError("a checkpoint cannot be saved while the average is swapped in (evaluating)")
     if not access.at_boundary(engine):
         raise CheckpointError("a checkpoint can be saved only between optimizer steps (accumulation is in flight)")
+    faults.point("save.begin")
     rank, world = _rank_world()
     root = Path(root)
     final = root / (tag or name_of(step))
     partial = root / f".tmp-{final.name}"
-    layout = access.layout_of(engine)
+
+    def finished(entries: list[dict[str, Any]]) -> None:
+        seal(partial, final, entries, latest=latest)
+        if keep is not None:
+            prune(root, keep, protect=[final])
+
+    parts: list[Part] = []
+    error: str | None = None
     frozen = list(access.frozen_parameters(engine.module))
     with access.gather_full([p for _, p in frozen]):
         frozen_values = {name: p.detach().cpu().clone() for name, p in frozen} if rank == 0 else {}
-    error = None
     try:
-        if rank == 0:
-            if partial.exists():
-                shutil.rmtree(partial)
-            partial.mkdir(parents=True)
-    except OSError as problem:
-        error = str(problem)
-    problems = _agree(error)
-    written: list[dict] = []
+        parts = _parts(engine, rank, world, step, extra, ema, frozen_values)
+        if background:
+            parts = [part.owned() for part in parts]
+    except Exception as problem:  # whatever it is, the other ranks must hear of it instead of waiting
+        error = text_of(problem)
+    gathered = _gather((error, sum(part.nbytes for part in parts)))
+    problems = _named([text for text, _ in gathered])
     if not problems:
-        try:
-            written = _write_all(engine, partial, rank, world, step, extra, ema, layout, frozen_values)
-        except Exception as problem:  # whatever it is, the other ranks must hear of it instead of waiting
-            error = f"{type(problem).__name__}: {problem}"
-        problems = _agree(error)
-    entries: list[Any] = [written]
-    if world > 1 and not problems:
-        entries = [None] * world
-        dist.all_gather_object(entries, written)
+        problems = _agree(_try(lambda: _begin(root, partial, sum(size for _, size in gathered)) if rank == 0 else None))
+    if not problems and background:
+        return BackgroundSave(partial, final, parts, rank, world, finished)
     if not problems:
-        try:
-            if rank == 0:
-                digests = {
-                    entry["name"]: {k: entry[k] for k in ("bytes", "sha256")} for part in entries for entry in part
-                }
-                seal(partial, final, digests, latest=latest)
-                if keep is not None:
-                    prune(root, keep, protect=[final])
-        except OSError as problem:
-            error = str(problem)
-        problems = _agree(error)
+        written: list[dict[str, Any]] = []
+        problems = _agree(_try(lambda: written.extend(write_part(partial, part) for part in parts)))
+    if not problems:
+        entries = [entry for of_rank in _gather(written) for entry in of_rank]
+        problems = _agree(_try(lambda: finished(entries) if rank == 0 else None))
     if problems:
         if rank == 0:
             shutil.rmtree(partial, ignore_errors=True)
-        raise CheckpointError(
-            f"{final}: could not be written; earlier checkpoints are untouched\n  " + "\n  ".join(problems)
-        )
-    return final
+        raise _failed(final, problems)
+    return None
 
 
-def _write_all(
+def finish(saving: BackgroundSave) -> None:
+    """Wait until a checkpoint that is written in the background is complete. Collective.
+
+    Raises:
+        CheckpointError: on all ranks, where writing failed on some; earlier checkpoints are untouched.
+    """
+    problems = _agree(saving.wait_written())
+    if problems:
+        saving.abandon()  # the first rank may be waiting for a receipt that cannot come
+        if saving.rank == 0:
+            shutil.rmtree(saving.partial, ignore_errors=True)
+    else:
+        problems = _agree(saving.wait())
+    if problems:
+        raise _failed(saving.final, problems)
+
+
+def _failed(final: Path, problems: list[str]) -> CheckpointError:
+    return CheckpointError(
+        f"{final}: could not be written; earlier checkpoints are untouched\n  " + "\n  ".join(problems)
+    )
+
+
+def _try(action: Callable[[], Any]) -> str | None:
+    """What went wrong in `action`, to be agreed on: no rank may leave the others waiting."""
+    try:
+        action()
+    except Exception as problem:
+        return text_of(problem)
+    return None
+
+
+def _begin(root: Path, partial: Path, size: int) -> None:
+    """An empty temporary folder, where there is room for `size` bytes."""
+    shutil.rmtree(partial, ignore_errors=True)
+    root.mkdir(parents=True, exist_ok=True)
+    free_space(root, size)
+    partial.mkdir()
+
+
+def _parts(
     engine: Any,
-    folder: Path,
     rank: int,
     world: int,
     step: int,
     extra: dict,
     ema: ShardedEma | None,
-    layout: Layout,
     frozen: dict[str, Tensor],
-) -> list[dict]:
-    rng_tensors, rng_plain = _rng_state()
+) -> list[Part]:
+    """The files of one rank, their tensors being views of the training state."""
+    layout = access.layout_of(engine)
+    rng_tensors, rng_plain = plain_rng_state()
     buffers = {f"buffer.{n}": b for n, b in engine.module.named_buffers() if b is not None}
     shadow = ema.shadow if ema is not None else None
-    paths = write_rank(folder, rank, layout, shadow, {**rng_tensors, **buffers}, {"rng": rng_plain})
+    parts = rank_parts(rank, layout, shadow, {**rng_tensors, **buffers}, {"rng": rng_plain})
     if rank == 0:
         tensors: dict[str, Tensor] = {f"frozen.{name}": value for name, value in frozen.items()}
         scheduler = engine.lr_scheduler
@@ -195,15 +221,8 @@ def _write_all(
             "ema": {"updates": ema.updates, "decay": ema.decay} if ema is not None else None,
             "extra": to_plain(extra, "extra", tensors),
         }
-        state, data = folder / "state.json", folder / "state.safetensors"
-        state.write_text(json.dumps(document, indent=1) + "\n")
-        save_file(tensors, str(data))
-        paths += [state, data]
-    written = []
-    for path in paths:
-        sync_file(path)
-        written.append({"name": path.name, "bytes": path.stat().st_size, "sha256": sha256_of(path)})
-    return written
+        parts += [Part("state.json", json.dumps(document, indent=1) + "\n"), Part("state.safetensors", tensors)]
+    return parts
 
 
 def find(root: str | Path, tag: str | None = None) -> Path | None:
@@ -273,6 +292,7 @@ def load(
     Raises:
         CheckpointError: it belongs to another model. The engine is then unchanged.
     """
+    faults.point("load.begin")
     rank, world = _rank_world()
     layout = access.layout_of(engine)
     error = None
@@ -285,7 +305,7 @@ def load(
         if check is not None:
             check(from_plain(document["extra"], state_tensors))
     except Exception as problem:
-        error = str(problem) if isinstance(problem, CheckpointError) else f"{type(problem).__name__}: {problem}"
+        error = text_of(problem)
     problems = _agree(error)
     if problems:
         raise CheckpointError(error or problems[0])
@@ -309,7 +329,7 @@ def load(
         for group, saved in zip(layout.base.param_groups, from_plain(document["groups"], state_tensors), strict=True):
             group.update(saved)
         if world == document["world"]:
-            _set_rng_state(local, reader.rank_document(own)["rng"])
+            set_plain_rng_state(local, reader.rank_document(own)["rng"])
     return Loaded(path, document["step"], from_plain(document["extra"], state_tensors), document["world"])
 
 

@@ -15,10 +15,14 @@ from collections.abc import Sequence
 from ..core.errors import EffTrainError
 
 VERBS: tuple[tuple[str, str], ...] = (
+    ("doctor", "check this machine, and a configuration on it, before a run"),
     ("validate", "check a configuration file and explain what is wrong"),
     ("plan", "show the stages of a run and what they cost, before it starts"),
     ("search", "run a method's search alone and print what it chose"),
     ("shards", "pack, index and audit shards"),
+    ("inspect", "show what is in a checkpoint, and whether it is good"),
+    ("export", "write a checkpoint's model for timm, a hub, or ONNX"),
+    ("report", "write one HTML page and a picture of a run, or compare runs"),
     ("schema", "write the JSON Schema of the configuration, for editors"),
 )
 """Every verb with its line in the help."""

@@ -13,7 +13,10 @@ from typing import Any
 from ..core.errors import ShardError
 from ..data.audit import audit_shards, index_shards
 from ..data.build import build_shards
+from ..data.hub_source import hub_source
+from ..data.rendition import DEFAULT_QUALITY
 from ..data.sources import FolderSource, IdxSource, Source, torchvision_source
+from ..data.tar_source import TarClassSource
 
 FAILED_AUDIT = 2
 
@@ -40,14 +43,25 @@ def _add_build(verbs: Any) -> None:
     build = verbs.add_parser("build", help="pack images into shards; run it again to go on after an interruption")
     kind = build.add_mutually_exclusive_group(required=True)
     kind.add_argument("--folder", type=Path, help="folder with one subfolder of images for each class")
+    kind.add_argument(
+        "--tar-per-class",
+        type=Path,
+        metavar="PATH",
+        help="archive of one tar file for each class, or folder of such files",
+    )
+    kind.add_argument("--hf", metavar="NAME", help="data set of Hugging Face datasets: saved folder or name")
     kind.add_argument("--torchvision", metavar="NAME", help="data set of torchvision, e.g. CIFAR10 (needs --root)")
     kind.add_argument("--idx-images", type=Path, metavar="FILE", help="IDX file of images (needs --idx-labels)")
     build.add_argument("--idx-labels", type=Path, metavar="FILE", help="IDX file of labels")
     build.add_argument("--classes", type=Path, help="text file with one class name a line, for --idx-images")
     build.add_argument("--root", type=Path, help="folder of the torchvision data set")
+    build.add_argument("--hf-split", help="split of the data set of --hf (default: train, or test with --test)")
+    build.add_argument("--hf-config", help="configuration of the data set of --hf, where it has several")
+    build.add_argument("--image-column", metavar="NAME", help="column of the images (--hf; default: the only one)")
+    build.add_argument("--label-column", metavar="NAME", help="column of the labels (--hf; default: the only one)")
     part = build.add_mutually_exclusive_group()
-    part.add_argument("--train", dest="train", action="store_true", default=None, help="training part (torchvision)")
-    part.add_argument("--test", dest="train", action="store_false", help="held-out part (torchvision)")
+    part.add_argument("--train", dest="train", action="store_true", default=None, help="training part (default)")
+    part.add_argument("--test", dest="train", action="store_false", help="held-out part (torchvision, hf)")
     build.add_argument("--download", action="store_true", help="let torchvision fetch missing files")
     build.add_argument("--out", type=Path, required=True, help="folder for the shards")
     build.add_argument("--split", help="name of the split (default: train, or val with --test)")
@@ -56,6 +70,19 @@ def _add_build(verbs: Any) -> None:
     size.add_argument("--samples-per-shard", type=int, help="samples of a shard, instead of its size")
     build.add_argument("--seed", type=int, default=0, help="seed of the order (default: 0)")
     build.add_argument("--workers", type=int, default=1, help="processes (default: 1)")
+    build.add_argument(
+        "--short-side",
+        "--short_side",
+        type=int,
+        metavar="PX",
+        help="make a rendition: resize images with a larger short side to so many pixels",
+    )
+    build.add_argument(
+        "--quality",
+        type=int,
+        default=DEFAULT_QUALITY,
+        help=f"JPEG quality of resized images (default: {DEFAULT_QUALITY})",
+    )
     build.add_argument("--min-side", type=int, help="smallest side in pixels (default: 32 for files, else 8)")
     _finish(build, _build)
 
@@ -76,6 +103,11 @@ def _classes(path: Path | None) -> list[str] | None:
 def _source(args: argparse.Namespace) -> Source:
     if args.folder is not None:
         return FolderSource(args.folder)
+    if args.tar_per_class is not None:
+        return TarClassSource(args.tar_per_class)
+    if args.hf is not None:
+        split = args.hf_split or ("test" if args.train is False else "train")
+        return hub_source(args.hf, split=split, config=args.hf_config, image=args.image_column, label=args.label_column)
     if args.torchvision is not None:
         if args.root is None:
             raise ShardError("--torchvision needs --root, the folder of the data set")
@@ -100,6 +132,8 @@ def _build(args: argparse.Namespace) -> int:
         seed=args.seed,
         workers=args.workers,
         min_side=args.min_side,
+        short_side=args.short_side,
+        quality=args.quality,
         progress=progress,
     )
     if args.json:
@@ -114,6 +148,11 @@ def _build(args: argparse.Namespace) -> int:
         print(f"{report.rejected} of {report.source} images rejected ({reasons}), see rejected.jsonl")
     if report.duplicates:
         print(f"{report.duplicates} images occur more than once, see duplicates.jsonl")
+    if report.rendition is not None:
+        resized, r = report.kinds.get("resized", 0), report.rendition
+        print(
+            f"rendition: {resized} images resized to short side {r.short_side}, JPEG quality {r.quality} ({r.encoder})"
+        )
     print(f"data set {report.digest[:16]}")
     return 0
 

@@ -91,11 +91,18 @@ class DataConfig(StrictModel):
     """Shards and what is done to a sample."""
 
     train: str = ""
-    """Folder with a manifest made by "efftrain shards build", or "bundled:fashion_mnist/train"."""
+    """Folder with a manifest made by "efftrain shards build", "bundled:fashion_mnist/train", or a remote folder: a URL
+    (s3, gs, http, https, file) or "pipe:COMMAND" with {name} for the file."""
     val: str | None = None
     """Same for the held-out split; null = no evaluation."""
     samples: int | None = Field(None, gt=0)
     """Training samples, needed to plan where the shards are not at hand; checked against the manifest."""
+    cache_dir: str | None = None
+    """Folder of this node for copies of remote shards; null = "remote" in $EFFTRAIN_CACHE, else in "shards"."""
+    cache_gb: float = Field(200.0, gt=0)
+    """Size of all copies in GB (10^9 bytes); the least recently used go first."""
+    allow_pipe: bool = False
+    """Let "pipe:" run its command, with a shell, on every node."""
     resolution: int = Field(224, gt=0)
     """Side of the training images in pixels at full cost."""
     stride: int | None = Field(None, gt=0)
@@ -164,6 +171,21 @@ class CheckpointConfig(StrictModel):
     """Newest checkpoints to keep."""
     resume: bool = True
     """Go on from the newest checkpoint of the output folder if there is one."""
+    background: bool = False
+    """Copy the state in host memory and write it beside the training (needs host memory for one copy)."""
+    on_signal: bool = True
+    """Save and end with exit code 75 on SIGTERM or SIGINT (launch/train.py)."""
+
+
+class WandbConfig(StrictModel):
+    """A run of Weights & Biases beside TensorBoard; needs ``pip install "efftrain-ds[wandb]"``."""
+
+    project: str = Field(min_length=1)
+    """Project the run belongs to."""
+    entity: str | None = None
+    """User or team; null = the account's default."""
+    mode: Literal["online", "offline", "disabled"] = "online"
+    """"offline" needs neither network nor login; send the files later with "wandb sync"."""
 
 
 class ObserveConfig(StrictModel):
@@ -171,12 +193,30 @@ class ObserveConfig(StrictModel):
 
     tensorboard: bool = True
     """Write TensorBoard files under output/tensorboard."""
+    wandb: WandbConfig | None = None
+    """Also log to Weights & Biases; null = off."""
     log_every: int = Field(50, gt=0)
     """Optimizer steps between two run lines."""
     images_every: StepText | None = "25%"
     """Interval of the pictures of the batch as the network sees it; null = off."""
     eval_every: StepText = "10%"
     """Interval of the evaluations (one always follows the last step)."""
+
+
+class GuardConfig(StrictModel):
+    """What is watched while training: on where a method is configured or this key is given, and in launch/train.py."""
+
+    nonfinite: bool = True
+    """Apply a step with a non-finite loss or gradient on no rank, and say where it came from."""
+    gradients: bool = True
+    """Look at every rank's own gradients; false looks at the loss, and at what DeepSpeed itself skips."""
+    max_nonfinite: int = Field(5, ge=1)
+    """Consecutive non-finite steps that end the run (exit code 76)."""
+    decisions: bool = True
+    """Compare plan, stage, batch, learning rate and methods' choices between the ranks in every step."""
+    stall_s: float | None = Field(600, gt=0)
+    """Seconds without progress after which all ranks write their stacks and end (exit code 78); null = off. Used by
+    launch/train.py; a loop of your own calls engine.guard.watch(folder)."""
 
 
 class EffTrainConfig(StrictModel):
@@ -194,3 +234,4 @@ class EffTrainConfig(StrictModel):
     """Methods that are on, by name; each value is that method's own configuration."""
     checkpoint: CheckpointConfig = CheckpointConfig()
     observe: ObserveConfig = ObserveConfig()
+    guard: GuardConfig | None = GuardConfig()

@@ -45,5 +45,21 @@ class DivergenceError(EffTrainError, RuntimeError):
     exit_code = 76
 
 
+class DesyncError(EffTrainError, RuntimeError):
+    """The ranks decided differently; going on would train different models."""
+
+    exit_code = 77
+
+
+class Preempted(EffTrainError, RuntimeError):
+    """The run was asked to stop, and everything is saved. The same command goes on from there."""
+
+    exit_code = 75
+
+
+STALL_EXIT_CODE = 78
+"""What every rank of a stalled run returns; there is no exception, as the main thread does not answer any more."""
+
+
 class NoEffectWarning(UserWarning):
     """A method is switched on but found nothing to act on."""

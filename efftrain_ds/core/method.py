@@ -131,7 +131,10 @@ class Method:
         return None
 
     def on_boundary(self, ctx: Context) -> None:
-        """Called when the gradients of a step are complete, before ``engine.step()`` applies them."""
+        """Called when the gradients of a step are complete, before ``engine.step()`` applies them.
+
+        Not called for a step that is refused because a loss or gradient is not finite (`on_step_end` is).
+        """
 
     def on_step_end(self, ctx: Context, applied: bool) -> None:
         """Called after the step; `applied` is False when the optimizer skipped it (overflow)."""
@@ -147,6 +150,15 @@ class Method:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` returned."""
+
+    def decision(self, ctx: Context) -> str | None:
+        """What this method has decided for the current step, in a few words; must be equal on all ranks.
+
+        Asked at the boundary of every step where ``efftrain.guard.decisions`` is on, after the methods' other hooks of
+        that step but `on_boundary` and `on_step_end`. Ranks that differ end the run with both texts, before they train
+        different models. For large state (masks) return a digest that is made when the state changes.
+        """
+        return None
 
     def scalars(self, ctx: Context) -> dict[str, float]:
         """Values for the log, by TensorBoard tag."""

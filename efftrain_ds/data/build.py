@@ -23,8 +23,9 @@ from typing import Any
 import numpy as np
 
 from ..core.errors import ShardError
-from .manifest import MANIFEST, Shard
+from .manifest import MANIFEST, Rendition, Shard
 from .pack import Packed, PackPlan, make_plan, pack_all, sync_folder
+from .rendition import DEFAULT_QUALITY, make_rendition
 from .scan import file_sha256, read_rows, write_atomic, write_index
 from .sources import Source
 
@@ -48,10 +49,12 @@ class BuildReport:
         rejected: images left out, listed in ``rejected.jsonl``.
         reasons: rejected images by reason.
         duplicates: images whose bytes equal those of an earlier one (packed all the same, see ``duplicates.jsonl``).
-        kinds: packed images by format and colour mode; "exif removed" counts those that lost an EXIF block.
+        kinds: packed images by format and colour mode; "exif removed" counts those that lost an EXIF block, "resized"
+            those that a rendition made smaller.
         shards: number of shards.
         reused: shards kept from an earlier run.
         bytes: size of all shards.
+        rendition: how images were made smaller, or None.
     """
 
     folder: str
@@ -66,6 +69,7 @@ class BuildReport:
     shards: int
     reused: int
     bytes: int
+    rendition: Rendition | None = None
 
 
 def build_shards(
@@ -78,6 +82,8 @@ def build_shards(
     seed: int = 0,
     workers: int = 1,
     min_side: int | None = None,
+    short_side: int | None = None,
+    quality: int = DEFAULT_QUALITY,
     progress: Callable[[int, int], None] | None = None,
 ) -> BuildReport:
     """Pack a source into `out`: shards, index, manifest, timm's ``_info.json`` and the list of rejected images.
@@ -94,6 +100,9 @@ def build_shards(
         seed: seed of the order.
         workers: processes; each packs whole shards.
         min_side: smallest allowed side in pixels; None takes the source's.
+        short_side: make a rendition: images with a larger short side are resized to so many pixels (see `rendition`);
+            None copies all.
+        quality: JPEG quality of resized images.
         progress: called with (finished shards, all shards).
 
     Raises:
@@ -110,7 +119,8 @@ def build_shards(
     if len(source) == 0:
         raise ShardError("the source holds no images")
     out = Path(out)
-    plan = make_plan(source, split, shard_bytes, samples_per_shard, seed, min_side)
+    rendition = make_rendition(short_side, quality) if short_side is not None else None
+    plan = make_plan(source, split, shard_bytes, samples_per_shard, seed, min_side, rendition)
     try:
         out.mkdir(parents=True, exist_ok=True)
         with _locked(out):
@@ -146,7 +156,7 @@ def _resume(out: Path, plan: PackPlan) -> dict[int, Packed]:
         return {}
     found = records[0]
     if found != plan.header:
-        differs = [name for name in plan.header if found.get(name) != plan.header[name]]
+        differs = [name for name in {**plan.header, **found} if found.get(name) != plan.header.get(name)]
         raise ShardError(
             f"{path}: was begun with another {', '.join(differs)}; repeat the same command, or empty the folder"
         )
@@ -183,7 +193,7 @@ def _finish(source: Source, plan: PackPlan, out: Path, packed: list[Packed], reu
     # canonical order: the journal too is the same however the build went
     write_atomic(out / JOURNAL, "".join(map(_line, [plan.header, *(p.record for p in packed)])).encode())
     shards = [Shard(*(p.record[name] for name in ("name", "bytes", "sha256", "n"))) for p in packed]
-    manifest = write_index(out, plan.split, source.classes, shards, [p.rows for p in packed])
+    manifest = write_index(out, plan.split, source.classes, shards, [p.rows for p in packed], plan.rendition)
     sync_folder(out)
     kinds: Counter[str] = Counter()
     for p in packed:
@@ -201,6 +211,7 @@ def _finish(source: Source, plan: PackPlan, out: Path, packed: list[Packed], reu
         shards=len(shards),
         reused=reused,
         bytes=sum(s.bytes for s in shards),
+        rendition=plan.rendition,
     )
 
 

@@ -59,6 +59,7 @@ class CheckedImage:
         height: pixels.
         kind: format and colour mode in words, e.g. "jpg ycbcr progressive".
         exif: an EXIF block was removed.
+        resized: the picture was made smaller and encoded again.
     """
 
     payload: bytes
@@ -67,6 +68,7 @@ class CheckedImage:
     height: int
     kind: str
     exif: bool = False
+    resized: bool = False
 
 
 def image_format(payload: bytes) -> str | None:

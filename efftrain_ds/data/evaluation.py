@@ -13,9 +13,12 @@ from ..core.batch import Batch
 from ..core.errors import ShardError
 from .crops import eval_resize
 from .decode import decode_pil
+from .feed import make_feed
 from .manifest import Manifest
 from .reader import ShardReader, check_shards
 from .worker import IGNORED_LABEL, empty_images, identity, init_worker, shutdown
+
+_AHEAD = 16  # steps between two looks at which shards come next
 
 
 class EvalSamples(Dataset):
@@ -59,6 +62,7 @@ class EvalSamples(Dataset):
             pixels = eval_resize(image, self.resolution, self.crop, self.interpolation)
             images[i] = torch.from_numpy(pixels.copy()).permute(2, 0, 1)
             labels[i] = label
+        self.reader.finish()
         return images, labels, ids
 
 
@@ -120,6 +124,8 @@ class EvalLoader:
             num_classes=num_classes if num_classes is not None else len(manifest.classes) or 1 << 31,
             strict=strict,
         )
+        self.feed = make_feed(manifest)
+        """Fetches the shards of a remote data set, None where they are local."""
         self._loader: DataLoader | None = None
 
     def __len__(self) -> int:
@@ -138,7 +144,11 @@ class EvalLoader:
                 persistent_workers=self.workers > 0,
                 generator=torch.Generator(),
             )
+        if self.feed is not None:
+            self.feed.release_all()
         for images, labels, ids in self._loader:
+            if self.feed is not None:
+                self.feed.release()
             rows = torch.from_numpy(ids)
             yield Batch(
                 images=images,
@@ -153,6 +163,8 @@ class EvalLoader:
         shutdown(self._loader)
         self._loader = None
         self._reader.close()
+        if self.feed is not None:
+            self.feed.close()
 
 
 class _EvalRows:
@@ -165,7 +177,19 @@ class _EvalRows:
         return len(self._loader)
 
     def __iter__(self) -> Iterator[np.ndarray]:
-        loader = self._loader
+        loader, feed = self._loader, self._loader.feed
         for step in range(len(loader)):
-            ids = (step * loader.batch + np.arange(loader.batch, dtype=np.int64)) * loader.world + loader.rank
-            yield np.where(ids < loader.samples, ids * loader.rows // loader.samples, -1)
+            ids = self.rows(step)
+            if feed is not None:
+                if step % _AHEAD == 0:
+                    steps = range(step, min(step + 2 * _AHEAD, len(loader)))
+                    coming = np.concatenate([self.rows(s) for s in steps])
+                    feed.follow(coming[coming >= 0])
+                feed.hold(ids)
+            yield ids
+
+    def rows(self, step: int) -> np.ndarray:
+        """Rows of one step, [batch] int64."""
+        loader = self._loader
+        ids = (step * loader.batch + np.arange(loader.batch, dtype=np.int64)) * loader.world + loader.rank
+        return np.where(ids < loader.samples, ids * loader.rows // loader.samples, -1)

@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader
 from ..core.batch import Batch
 from ..core.errors import CheckpointError, PlanError
 from ..core.ranks import local_world
+from .feed import make_feed
 from .manifest import Manifest
 from .order import PLAN_VERSION, SampleOrder, default_streams
 from .quarantine import Quarantine
@@ -52,7 +53,11 @@ class _TicketSampler:
         loader = self._loader
         position = loader.consumed
         while (spec := loader.spec_at(position)) is not None:
-            yield from loader.tickets(position, spec)
+            for ticket in loader.tickets(position, spec):
+                if loader.feed is not None:
+                    loader.look_ahead(position)
+                    loader.feed.hold(ticket.ids)
+                yield ticket
             position += spec.batch
 
 
@@ -107,6 +112,13 @@ class TrainLoader:
         pin_memory: bool = False,
     ):
         check_shards(manifest)
+        if manifest.rendition is not None and manifest.rendition.short_side < resolution:
+            logger.warning(
+                "%s: images are reduced to a short side of %d px, below efftrain.data.resolution %d",
+                manifest.folder,
+                manifest.rendition.short_side,
+                resolution,
+            )
         self.manifest = manifest
         self.seed = seed
         self.rank = rank
@@ -132,6 +144,9 @@ class TrainLoader:
             num_classes=num_classes if num_classes is not None else len(manifest.classes) or 1 << 31,
             decoded_cache_mb=decoded_cache_mb,
         )
+        self.feed = make_feed(manifest)
+        """Fetches the shards of a remote data set, None where they are local."""
+        self._followed = range(0)
         self._steps: deque[int] = deque()
         self._generation = 0
         self._checked_bytes = 0
@@ -171,10 +186,15 @@ class TrainLoader:
                 in_order=True,
             )
         self._steps.clear()
+        self._followed = range(0)
+        if self.feed is not None:
+            self.feed.release_all()
         for item in self._loader:
             if generation != self._generation:
                 return
             ticket = item.ticket
+            if self.feed is not None:
+                self.feed.release()
             self.quarantine.update(len(ticket.ids), item.bad, self.rank)
             if ticket.step_samples:
                 self._steps.append(ticket.step_samples)
@@ -205,6 +225,15 @@ class TrainLoader:
         for start in range(0, len(ids), spec.micro_batch):
             stop = start + spec.micro_batch
             yield Ticket(ids[start:stop].copy(), positions[start:stop], spec.batch if stop == len(ids) else 0)
+
+    def look_ahead(self, position: int) -> None:
+        """Let the feed fetch what comes after `position`, as far as a sample may be moved by the shuffle."""
+        assert self.feed is not None
+        span = min(self.order.streams * self.shuffle_block, self.order.samples_per_epoch)
+        if self._followed.start <= position < self._followed.stop:
+            return
+        self._followed = range(position, position + max(1, span // 8))
+        self.feed.follow(self.order.ids(position, span)[self.rank :: self.world])
 
     def commit(self, n_samples: int) -> None:
         """Move `consumed` by the samples (over all ranks) of one or more completed optimizer steps.
@@ -277,6 +306,8 @@ class TrainLoader:
         shutdown(self._loader)
         self._loader = None
         self._samples.reader.close()
+        if self.feed is not None:
+            self.feed.close()
 
     def _make_order(self, streams: int) -> SampleOrder:
         if streams / self.world < _MIN_STREAMS_PER_RANK:

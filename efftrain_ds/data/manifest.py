@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -42,8 +43,42 @@ class Shard:
 
 
 @dataclass(frozen=True)
+class Rendition:
+    """How the images were made smaller before they were packed.
+
+    Attributes:
+        short_side: pixels; images with a larger short side were resized to it, the others were copied.
+        quality: JPEG quality of the resized images.
+        encoder: what resized and encoded them, with versions.
+    """
+
+    short_side: int
+    quality: int
+    encoder: str
+
+
+class ShardStore(Protocol):
+    """Where the files of shards lie that are not beside the manifest."""
+
+    def path(self, shard: Shard) -> Path:
+        """Local path of a shard, whether it is there or not."""
+        ...
+
+
+@dataclass(frozen=True)
 class Manifest:
-    """A split of a data set packed into shards; rows of the table are grouped by shard, in shard order."""
+    """A split of a data set packed into shards; rows of the table are grouped by shard, in shard order.
+
+    Attributes:
+        folder: local folder of the manifest and the index, and of the shards unless there is a `store`.
+        split: name of the split.
+        classes: class names by class index.
+        shards: the tar files.
+        samples: rows of the index.
+        index_sha256: SHA-256 of the index in hex.
+        rendition: how images were made smaller; None = source bytes.
+        store: local copies of remote shards; no part of the identity.
+    """
 
     folder: Path
     split: str
@@ -51,10 +86,12 @@ class Manifest:
     shards: tuple[Shard, ...]
     samples: int
     index_sha256: str
+    rendition: Rendition | None = None
+    store: ShardStore | None = field(default=None, compare=False)
 
     @cached_property
     def digest(self) -> str:
-        """Identity of the data set: hash of everything but the folder."""
+        """Identity of the data set: hash of everything but the places of the files."""
         return hashlib.sha256(json.dumps(self._document(), sort_keys=True).encode()).hexdigest()
 
     @cached_property
@@ -82,11 +119,13 @@ class Manifest:
         return np.concatenate([[0], np.cumsum([s.n for s in self.shards], dtype=np.int64)]).astype(np.int64)
 
     def shard_path(self, shard: int) -> Path:
-        """Path of shard number `shard`."""
+        """Local path of shard number `shard`."""
+        if self.store is not None:
+            return self.store.path(self.shards[shard])
         return self.folder / self.shards[shard].name
 
-    def _document(self) -> dict:
-        return {
+    def _document(self) -> dict[str, Any]:
+        document = {
             "format": FORMAT,
             "split": self.split,
             "samples": self.samples,
@@ -94,6 +133,9 @@ class Manifest:
             "index_sha256": self.index_sha256,
             "shards": [asdict(s) for s in self.shards],
         }
+        if self.rendition is not None:  # left out otherwise: data sets without one keep their digest
+            document["rendition"] = asdict(self.rendition)
+        return document
 
     def write(self) -> Path:
         """Write ``manifest.json`` atomically; returns its path."""
@@ -126,8 +168,9 @@ def load_manifest(where: str | Path) -> Manifest:
             shards=tuple(Shard(**shard) for shard in document["shards"]),
             samples=document["samples"],
             index_sha256=document["index_sha256"],
+            rendition=Rendition(**document["rendition"]) if "rendition" in document else None,
         )
-    except (KeyError, TypeError, json.JSONDecodeError) as error:
+    except (KeyError, TypeError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ShardError(f"{path}: not a shard manifest ({type(error).__name__}: {error})") from error
     total = sum(s.n for s in manifest.shards)
     if total != manifest.samples:

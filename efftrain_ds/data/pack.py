@@ -10,7 +10,7 @@ import threading
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -20,7 +20,8 @@ from webdataset import TarWriter
 from ..core.errors import ShardError
 from ..core.rng import numpy_rng
 from .checks import SampleRejected, check_image
-from .manifest import FORMAT, ROW
+from .manifest import FORMAT, ROW, Rendition
+from .rendition import render
 from .scan import payload_hash
 from .sources import Source, SourceItem
 
@@ -38,6 +39,7 @@ class PackPlan:
     classes: int
     width: int
     header: dict[str, Any]
+    rendition: Rendition | None = None
 
     def name(self, shard: int) -> str:
         """File name of a shard."""
@@ -73,9 +75,17 @@ class _HashingFile:
 
 
 def make_plan(
-    source: Source, split: str, shard_bytes: int, samples_per_shard: int | None, seed: int, min_side: int | None
+    source: Source,
+    split: str,
+    shard_bytes: int,
+    samples_per_shard: int | None,
+    seed: int,
+    min_side: int | None,
+    rendition: Rendition | None = None,
 ) -> PackPlan:
     """Fix order and cuts.
+
+    A rendition does not enter the cuts: shard i of every rendition of a source holds the same samples.
 
     Args:
         source: images and labels.
@@ -84,6 +94,7 @@ def make_plan(
         samples_per_shard: largest number of samples of a shard.
         seed: seed of the order.
         min_side: smallest side in pixels; None takes the source's.
+        rendition: how images are made smaller, or None.
     """
     count = len(source)
     order = numpy_rng(seed, "pack").permutation(count)
@@ -107,7 +118,10 @@ def make_plan(
         "min_side": side,
         "cuts": hashlib.sha256(starts.astype("<i8").tobytes()).hexdigest(),
     }
-    return PackPlan(order, starts, split, side, len(source.classes), max(8, len(str(count - 1))), header)
+    if rendition is not None:
+        header["rendition"] = asdict(rendition)
+    width = max(8, len(str(count - 1)))
+    return PackPlan(order, starts, split, side, len(source.classes), width, header, rendition)
 
 
 def pack_all(source: Source, plan: PackPlan, out: Path, todo: list[int], workers: int) -> Iterator[Packed]:
@@ -174,6 +188,8 @@ def _pack(source: Source, plan: PackPlan, out: Path, shard: int) -> Packed:
                         image = check_image(item.payload, item.extension, plan.min_side)
                         if not 0 <= item.label < plan.classes:
                             raise SampleRejected("label", f"{item.label}, allowed: 0 to {plan.classes - 1}")
+                        if plan.rendition is not None:
+                            image = render(image, plan.rendition)
                     except SampleRejected as error:
                         entry = {"key": key, "index": index, "name": name_in_source}
                         rejected.append({**entry, "reason": error.reason, "detail": error.detail})
@@ -186,6 +202,7 @@ def _pack(source: Source, plan: PackPlan, out: Path, shard: int) -> Packed:
                     hashes.append(payload_hash(image.payload))
                     kinds[image.kind] += 1
                     kinds["exif removed"] += image.exif
+                    kinds["resized"] += image.resized
             file.flush()
             os.fsync(file.fileno())
     except BaseException:

@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from ..core import faults
 from ..core.errors import ShardError
 from .manifest import Manifest
 
@@ -19,25 +20,44 @@ def check_shards(manifest: Manifest) -> None:
     """Compare every shard file with the manifest by size, before the first sample is read.
 
     A tar file cut at a member boundary is still a valid, shorter tar file, so the count of bytes is the only cheap
-    check that finds it. Damage that keeps the size is found by the SHA-256 of ``efftrain shards audit``.
+    check that finds it. Damage that keeps the size is found by the SHA-256 of ``efftrain shards audit``. Remote shards
+    are checked, by both, as they arrive.
 
     Raises:
         ShardError: a shard file is missing or has another size; names the first few and their number.
     """
-    findings = []
+    if manifest.store is not None:
+        return
+    found: list[tuple[str, int, int | None | str]] = []
     for number, shard in enumerate(manifest.shards):
         path = manifest.shard_path(number)
         try:
-            found = path.stat().st_size
+            found.append((str(path), shard.bytes, path.stat().st_size))
         except OSError as error:
-            findings.append(f"{path}: {error.strerror or error}")
-            continue
-        if found != shard.bytes:
-            findings.append(f"{path}: {found} bytes, the manifest says {shard.bytes}")
+            found.append((str(path), shard.bytes, error.strerror or str(error)))
+    check_sizes(str(manifest.folder), found)
+
+
+def check_sizes(folder: str, shards: Sequence[tuple[str, int, int | None | str]]) -> None:
+    """Compare sizes that were found with those of a manifest.
+
+    Args:
+        folder: where the manifest is, for the message.
+        shards: (place, bytes in the manifest, bytes found; None = missing, or why they are not known) of each shard.
+
+    Raises:
+        ShardError: a size differs or is not known; names the first few and their number.
+    """
+    findings = []
+    for place, expected, found in shards:
+        if isinstance(found, int) and found != expected:
+            findings.append(f"{place}: {found} bytes, the manifest says {expected}")
+        elif not isinstance(found, int):
+            findings.append(f"{place}: {found or 'missing'}")
     if findings:
         more = f"\n... and {len(findings) - _MAX_REPORTED} more" if len(findings) > _MAX_REPORTED else ""
         raise ShardError(
-            f"{len(findings)} of {len(manifest.shards)} shards do not match {manifest.folder}:\n"
+            f"{len(findings)} of {len(shards)} shards do not match {folder}:\n"
             + "\n".join(findings[:_MAX_REPORTED])
             + more
         )
@@ -47,7 +67,7 @@ class ShardReader:
     """Reads the payload of samples by row, through a bounded cache of open files.
 
     Positioned reads share no file offset, so a reader may be inherited by forked workers. Pickling keeps the manifest
-    and drops the open files.
+    and drops the open files. Shards of a remote data set must be on the disk already, see `feed`.
 
     Args:
         manifest: the data set.
@@ -74,6 +94,7 @@ class ShardReader:
             ShardError: the file cannot be read or ends before the payload does.
         """
         try:
+            faults.point("reader.read")
             data = os.pread(self._file(shard), size, offset)
             # A read may legally return less, on network file systems and for payloads above 2 GB.
             while 0 < len(data) < size:
@@ -99,6 +120,11 @@ class ShardReader:
         descriptor = self._files.pop(shard, None)
         if descriptor is not None:
             os.close(descriptor)
+
+    def finish(self) -> None:
+        """End of a batch: files of remote shards are closed, as an open one keeps its place on a full disk."""
+        if self.manifest.store is not None:
+            self.close()
 
     def close(self) -> None:
         """Close all files; the reader can be used again."""

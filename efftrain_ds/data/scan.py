@@ -1,8 +1,4 @@
-"""Reading tar shards back, and writing the index and the manifest that describe them.
-
-Members are walked with Python's tarfile in header mode. It ends silently at a damaged or cut header, so the end of
-every archive is checked here: two zero blocks must follow the last member and only zeros after them.
-"""
+"""Reading tar shards back, and writing the index and the manifest that describe them."""
 
 from __future__ import annotations
 
@@ -10,8 +6,7 @@ import hashlib
 import json
 import os
 import re
-import tarfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
@@ -20,15 +15,13 @@ import numpy as np
 
 from ..core.errors import ShardError
 from .checks import FORMATS, SampleRejected, image_size
-from .manifest import INDEX, ROW, Manifest, Shard
+from .manifest import INDEX, ROW, Manifest, Rendition, Shard
+from .tarwalk import Member, Report, Window, walk
 
 INFO = "_info.json"
 SIDE_MEMBERS = ("json", "txt")  # allowed beside the image and its label; not read
 _NAME = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$")  # webdataset splits a member's name at the first dot
-_BLOCK = 512
 _CHUNK = 1 << 20
-
-Report = Callable[[int, "str | None", str], None]
 
 
 @dataclass(frozen=True)
@@ -93,30 +86,33 @@ def scan_shard(path: Path, report: Report | None = None) -> list[TarSample]:
     seen: set[str] = set()
     group: dict[str, tuple[int, int, bytes]] = {}
     current: str | None = None
-    for name, offset, size, text in _members(path, report):
-        match = _NAME.match(name)
-        if match is None:
-            report(offset, name, "no suffix in the member's name")
-            continue
-        key, suffix = match.group(1), match.group(2).lower()
-        if "." in suffix:
-            report(offset, name, "key with dots; webdataset cuts the name at the first dot, so samples would merge")
-            continue
-        if suffix not in FORMATS and suffix != "cls" and suffix not in SIDE_MEMBERS:
-            allowed = ", ".join([*FORMATS, "cls", *SIDE_MEMBERS])
-            report(offset, key, f"unknown suffix .{suffix}, allowed: {allowed}")
-            continue
-        if key != current:
-            if current is not None:
-                _close(samples, current, group, report)
-            if key in seen:
-                report(offset, key, "duplicate key")
-            seen.add(key)
-            current, group = key, {}
-        if suffix in group:
-            report(offset, key, f"duplicate key: a second .{suffix}")
-            continue
-        group[suffix] = (offset, size, text)
+    with path.open("rb") as file:
+        window = Window(file.fileno())
+        for member in walk(window, report):
+            name, offset, size = member.name, member.offset, member.size
+            match = _NAME.match(name)
+            if match is None:
+                report(offset, name, "no suffix in the member's name")
+                continue
+            key, suffix = match.group(1), match.group(2).lower()
+            if "." in suffix:
+                report(offset, name, "key with dots; webdataset cuts the name at the first dot, so samples would merge")
+                continue
+            if suffix not in FORMATS and suffix != "cls" and suffix not in SIDE_MEMBERS:
+                allowed = ", ".join([*FORMATS, "cls", *SIDE_MEMBERS])
+                report(offset, key, f"unknown suffix .{suffix}, allowed: {allowed}")
+                continue
+            if key != current:
+                if current is not None:
+                    _close(samples, current, group, report)
+                if key in seen:
+                    report(offset, key, "duplicate key")
+                seen.add(key)
+                current, group = key, {}
+            if suffix in group:
+                report(offset, key, f"duplicate key: a second .{suffix}")
+                continue
+            group[suffix] = (offset, size, _label_text(window, member))
     if current is not None:
         _close(samples, current, group, report)
     return samples
@@ -140,55 +136,11 @@ def _close(samples: list[TarSample], key: str, group: dict[str, tuple[int, int, 
     samples.append(TarSample(key, images[0], offset, size, int(text)))
 
 
-def _members(path: Path, report: Report) -> Iterator[tuple[str, int, int, bytes]]:
-    """(name, data offset, size, content of a .cls member) of each file in the archive."""
-    length = path.stat().st_size
-    try:
-        tar = tarfile.open(path, "r:")  # noqa: SIM115 - closed below; "r:" refuses compressed archives
-    except tarfile.TarError as error:
-        report(0, None, f"not an uncompressed tar file ({error}; {length} bytes)")
-        return
-    with tar:
-        while True:
-            try:
-                info = tar.next()
-            except tarfile.TarError as error:
-                report(tar.offset, None, f"damaged or cut member ({error})")
-                return
-            if info is None:
-                break
-            tar.members = []  # the archive object would keep every member
-            if info.isdir() or re.fullmatch(r"__[^/]*__", info.name):
-                continue
-            if not info.isreg():
-                report(info.offset, info.name, "neither a file nor a folder")
-                continue
-            end = info.offset_data + info.size
-            if end > length:
-                report(info.offset_data, info.name, f"payload ends at byte {end}, the file at {length}")
-                return
-            text = b""
-            if info.name.lower().endswith(".cls"):
-                text = os.pread(tar.fileobj.fileno(), min(info.size, 64), info.offset_data)
-            yield info.name, info.offset_data, info.size, text
-        _check_end(tar.fileobj, tar.offset, length, report)
-
-
-def _check_end(file: object, offset: int, length: int, report: Report) -> None:
-    descriptor = file.fileno()  # type: ignore[attr-defined]
-    tail = os.pread(descriptor, 2 * _BLOCK, offset)
-    if any(tail[:_BLOCK]):
-        cut = len(tail) < _BLOCK
-        report(offset, None, f"member header {'cut' if cut else 'damaged'}; the rest of the shard cannot be read")
-    elif len(tail) < 2 * _BLOCK:
-        report(length, None, f"the two zero blocks at the end are cut ({len(tail)} of {2 * _BLOCK} bytes)")
-    else:
-        at = offset
-        while chunk := os.pread(descriptor, _CHUNK, at):
-            if any(chunk):
-                report(at, None, "bytes after the end of the archive")
-                return
-            at += len(chunk)
+def _label_text(window: Window, member: Member) -> bytes:
+    """Content of a .cls member (its first bytes), b"" of any other."""
+    if not member.name.lower().endswith(".cls"):
+        return b""
+    return window.pread(min(member.size, 64), member.offset)
 
 
 def read_rows(path: Path, number: int) -> tuple[np.ndarray, list[TarSample], np.ndarray]:
@@ -231,7 +183,12 @@ def write_atomic(path: Path, content: bytes) -> None:
 
 
 def write_index(
-    folder: Path, split: str, classes: Sequence[str], shards: Sequence[Shard], rows: Sequence[np.ndarray]
+    folder: Path,
+    split: str,
+    classes: Sequence[str],
+    shards: Sequence[Shard],
+    rows: Sequence[np.ndarray],
+    rendition: Rendition | None = None,
 ) -> Manifest:
     """Write ``index.bin``, timm's ``_info.json`` and, last, the manifest."""
     index = b"".join(r.tobytes() for r in rows)
@@ -249,7 +206,7 @@ def write_index(
     }
     write_atomic(folder / INFO, (json.dumps(info, indent=1) + "\n").encode())
     digest = hashlib.sha256(index).hexdigest()
-    manifest = Manifest(folder, split, tuple(classes), tuple(shards), samples, digest)
+    manifest = Manifest(folder, split, tuple(classes), tuple(shards), samples, digest, rendition)
     with manifest.write().open("rb") as file:
         os.fsync(file.fileno())
     return manifest

@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 # Private lists of (path, label) in torchvision's file-backed data sets: names of the paths and of the labels.
 _FILE_LISTS = (("_image_files", "_labels"), ("_images", "_labels"), ("_image_files", "_targets"))
-_PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")
+PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")
 
 
 @dataclass(frozen=True)
@@ -161,7 +161,7 @@ class TorchvisionSource:
                 f"{type(self.dataset).__name__}[{i}] gives {type(image).__name__}, needed is a PIL image; "
                 "make the data set without a transform"
             )
-        if image.mode not in _PNG_MODES:
+        if image.mode not in PNG_MODES:
             image = image.convert("RGB")
         return SourceItem(encode_png(image), "png", int(label), f"{type(self.dataset).__name__}/{i}")
 

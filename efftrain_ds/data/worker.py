@@ -113,6 +113,7 @@ class TrainSamples(Dataset):
             else:
                 resized_crop(pixels, box, images[i], self.interpolation)
         self.small.run(cuts, cut_rows, images)
+        self.reader.finish()
         return Assembled(images, labels, valid, ticket, bad)
 
     def _load(self, row_id: int, row: tuple[int, int, int, int, int, int]) -> np.ndarray | BadSample:
@@ -186,6 +187,8 @@ def init_worker(_: int) -> None:
     """One thread a worker; an interrupt from the terminal is the trainer's to handle."""
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # a scheduler signals the whole process group; the loader must still deliver what the last step needs
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def shutdown(loader: DataLoader | None) -> None:

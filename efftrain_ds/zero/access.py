@@ -1,4 +1,4 @@
-"""The only file that touches private names of DeepSpeed.
+"""The only file, beside `skip`, that touches private names of DeepSpeed.
 
 `layout_of` describes where one rank keeps the fp32 masters and the optimizer state of every trainable parameter, for
 ZeRO 0, 1, 2 and 3 in fp32, bf16 and fp16: *flats* (the tensors the base optimizer steps on) and *fragments* (which

@@ -48,6 +48,14 @@ class ShardedEma:
         if masters:
             torch._foreach_lerp_(self.shadow, masters, 1.0 - decay)
 
+    @torch.no_grad()
+    def restart(self) -> None:
+        """Begin anew from the current masters."""
+        assert not self.swapped, "the average is swapped in; leave the evaluation first"
+        self.updates = 0
+        for average, master in zip(self.shadow, self.layout.tensors("fp32"), strict=True):
+            average.copy_(master)
+
     @contextmanager
     def swap(self) -> Iterator[None]:
         """Let the model compute with the average; the masters come back unchanged, to the bit. Collective."""

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..core import faults
 from ..core.errors import RebuildError
 from ..core.rng import torch_rng
 from . import access
@@ -160,12 +161,15 @@ class Rebuilder:
         before = sum(bundle.shapes[name].numel() for name in bundle.trainable)
         clock.part("plan")
         skeleton = _skeleton_of(holder.deepspeed_engine)
+        faults.point("rebuild.teardown")
         self._tear_down(holder)
         clock.part("teardown")
         old_groups, old_blueprint = self.groups, self.blueprint
         try:
+            faults.point("rebuild.create")
             self._build(holder, plan.blueprint, plan.groups, skeleton, "creating the new engine failed")
             clock.part("create")
+            faults.point("rebuild.restore")
             self._restore(holder, bundle, plan, clock)
         except Exception as error:
             # a collective that failed on one rank only cannot be mended; every failure that all ranks know of is

@@ -47,7 +47,7 @@ def test_schema_of_the_whole_file(methods: Any) -> None:
     section = resolve(schema, schema["properties"]["efftrain"])
     assert section["additionalProperties"] is False
     assert set(section["properties"]) == {
-        "schema", "plugins", "run", "model", "data", "optim", "methods", "checkpoint", "observe",
+        "schema", "plugins", "run", "model", "data", "optim", "methods", "checkpoint", "observe", "guard",
     }  # fmt: skip
     run = resolve(schema, section["properties"]["run"])
     assert run["additionalProperties"] is False

@@ -1,0 +1,128 @@
+"""Writing a checkpoint beside the training: copied in host memory first, then written by a thread of each rank.
+
+No collective runs in these threads. Each rank leaves a receipt in the folder when its files are on disk (or a refusal
+when they are not); rank 0 waits for all receipts and seals the checkpoint, so ``latest`` moves only after every rank
+succeeded.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from .folder import receipt_name
+from .writer import Part, write_part
+
+logger = logging.getLogger(__name__)
+
+_POLL = 0.05
+
+
+class BackgroundSave:
+    """One checkpoint being written.
+
+    Args:
+        partial: temporary folder, already there.
+        final: what it becomes.
+        parts: files of this rank, owned by this object.
+        rank: this rank.
+        world: number of ranks.
+        seal: called on rank 0 with the manifest entries of all ranks.
+    """
+
+    def __init__(
+        self,
+        partial: Path,
+        final: Path,
+        parts: list[Part],
+        rank: int,
+        world: int,
+        seal: Callable[[list[dict[str, Any]]], None],
+    ):
+        self.partial, self.final = partial, final
+        self.rank, self.world = rank, world
+        self.error: str | None = None
+        self.seconds: float | None = None
+        self._parts, self._seal = parts, seal
+        self._stop, self._written = threading.Event(), threading.Event()
+        self._thread = threading.Thread(target=self._run, name=f"save {final.name}", daemon=True)
+        self._thread.start()
+
+    @property
+    def running(self) -> bool:
+        """True until this rank's part is done (on rank 0: until the checkpoint is sealed)."""
+        return self._thread.is_alive()
+
+    def wait_written(self) -> str | None:
+        """Wait until the files of this rank are on disk; returns what went wrong with them, or None."""
+        self._written.wait()
+        return self.error
+
+    def wait(self) -> str | None:
+        """Wait for the end; returns what went wrong on this rank, or None."""
+        self._thread.join()
+        return self.error
+
+    def abandon(self) -> None:
+        """Stop waiting for other ranks (they are gone) and give the checkpoint up."""
+        self._stop.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        start = time.monotonic()
+        try:
+            entries = [write_part(self.partial, part) for part in self._parts]
+            self._leave({"entries": entries})
+            self._written.set()
+            if self.rank == 0:
+                self._seal(self._collect())
+        except Exception as error:  # reported by `wait`, and at once in the log
+            self.error = f"{type(error).__name__}: {error}"
+            logger.warning("rank %d: %s could not be written: %s", self.rank, self.final, self.error)
+            self._refuse()
+        finally:
+            self._written.set()
+            self._parts = []
+            self.seconds = time.monotonic() - start
+
+    def _refuse(self) -> None:
+        try:
+            if self.rank == 0:
+                shutil.rmtree(self.partial, ignore_errors=True)
+            else:
+                self._leave({"error": self.error})
+        except OSError as error:  # a full disk has no room for the refusal either; an empty file says as much
+            logger.warning("rank %d: %s", self.rank, error)
+
+    def _leave(self, document: dict[str, Any]) -> None:
+        path = self.partial / receipt_name(self.rank)
+        try:
+            aside = path.with_suffix(".partial")
+            aside.write_text(json.dumps(document))
+            os.replace(aside, path)
+        except OSError:
+            path.touch()
+            raise
+
+    def _collect(self) -> list[dict[str, Any]]:
+        entries: list[dict[str, Any]] = []
+        for rank in range(self.world):
+            path = self.partial / receipt_name(rank)
+            while not path.exists():
+                if self._stop.wait(_POLL):
+                    raise RuntimeError(f"given up before rank {rank} had written its part")
+            text = path.read_text()
+            found = json.loads(text) if text else {"error": "no space left"}
+            if "error" in found:
+                raise RuntimeError(f"rank {rank}: {found['error']}")
+            entries += found["entries"]
+        for rank in range(self.world):
+            (self.partial / receipt_name(rank)).unlink()
+        return entries

@@ -1,0 +1,121 @@
+"""Files of a checkpoint, hashed while they are written and synced before they count."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import struct
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from torch import Tensor
+
+from ..core import faults
+from ..core.errors import CheckpointError
+
+_BLOCK = 1 << 24
+_DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+
+
+@dataclass
+class Part:
+    """One file of a checkpoint, in memory.
+
+    Attributes:
+        name: file name.
+        content: text, or tensors by name for a safetensors file.
+    """
+
+    name: str
+    content: str | dict[str, Tensor]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the content, without the header of the file."""
+        if isinstance(self.content, str):
+            return len(self.content.encode())
+        return sum(t.numel() * t.element_size() for t in self.content.values())
+
+    def owned(self) -> Part:
+        """A copy in host memory that later training steps do not change."""
+        if isinstance(self.content, str):
+            return self
+        return Part(self.name, {name: t.detach().to("cpu", copy=True) for name, t in self.content.items()})
+
+
+def write_part(folder: Path, part: Part) -> dict[str, Any]:
+    """Write and sync one file; returns its manifest entry {"name", "bytes", "sha256"}.
+
+    Tensor files have the safetensors layout. They are written by this function and not by its library, because that one
+    can only hash a second copy in memory or read the file back; digest and disk would then no longer check each other.
+
+    Raises:
+        OSError: the disk refuses.
+        CheckpointError: a tensor of a type that the format does not have.
+    """
+    digest, size = hashlib.sha256(), 0
+    path = folder / part.name
+    faults.point("save.rank_file")
+    with path.open("wb") as stream, ThreadPoolExecutor(1) as hasher:
+        for block in _blocks(part):
+            job = hasher.submit(digest.update, block)  # hashing and writing both release the interpreter
+            try:
+                _write(stream, block)
+            finally:
+                job.result()
+            size += len(block)
+        stream.flush()
+        os.fsync(stream.fileno())
+    return {"name": part.name, "bytes": size, "sha256": digest.hexdigest()}
+
+
+def _write(stream: IO[bytes], block: memoryview | bytes) -> None:
+    stream.write(block)
+
+
+def _blocks(part: Part) -> Iterator[memoryview | bytes]:
+    if isinstance(part.content, str):
+        yield part.content.encode()
+        return
+    # larger elements first, so that every tensor is aligned, as the library does it
+    ordered = sorted(part.content.items(), key=lambda item: (-item[1].element_size(), item[0]))
+    yield _header(ordered, part.name)
+    for _, tensor in ordered:
+        flat = tensor.detach().reshape(-1).cpu().contiguous()
+        if not flat.numel():
+            continue
+        view = memoryview(flat.view(torch.uint8).numpy())
+        for start in range(0, len(view), _BLOCK):
+            yield view[start : start + _BLOCK]
+
+
+def _header(ordered: list[tuple[str, Tensor]], where: str) -> bytes:
+    document: dict[str, Mapping[str, Any]] = {}
+    offset = 0
+    for name, tensor in ordered:
+        if tensor.dtype not in _DTYPES:
+            raise CheckpointError(f"{where}: {name} is {tensor.dtype}, which a checkpoint cannot hold")
+        end = offset + tensor.numel() * tensor.element_size()
+        document[name] = {
+            "dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, end],
+        }  # fmt: skip
+        offset = end
+    text = json.dumps(document, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text

@@ -1,0 +1,86 @@
+"""``efftrain export``: a checkpoint as timm weights, ONNX, or a folder for a model hub; needs no device."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import Any
+
+from ..core.errors import ConfigError
+
+_FORMATS = ("timm", "onnx", "hub")
+
+
+def add_parser(subparsers: Any) -> argparse.ArgumentParser:
+    """Add the verb to the command's subparsers."""
+    parser = subparsers.add_parser(
+        "export",
+        help="write a checkpoint's model for timm, a hub, or ONNX",
+        description="Write the model of a checkpoint in fp32. The files are loaded and compared with the checkpoint "
+        "before they are put in place. Needs neither DeepSpeed's engine nor a device.",
+    )
+    parser.add_argument(
+        "path", metavar="CHECKPOINT", help="a checkpoint, a folder of checkpoints, or a run's output folder"
+    )
+    parser.add_argument("--output", required=True, metavar="DIR", help="folder for the files")
+    parser.add_argument("--ema", action="store_true", help="export the average of the weights")
+    parser.add_argument(
+        "--format",
+        nargs="+",
+        choices=_FORMATS,
+        default=["hub"],
+        dest="formats",
+        help="timm: model.safetensors and config.json; hub: these and a model card (default); onnx: model.onnx",
+    )
+    parser.add_argument(
+        "--config", metavar="FILE", help="configuration with efftrain.model, for checkpoints of a loop of your own"
+    )
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+    parser.set_defaults(func=run)
+    return parser
+
+
+def run(args: argparse.Namespace) -> int:
+    """Export and say what was written.
+
+    Raises:
+        CheckpointError: damaged, or not expressible as a timm model.
+        ModelError: not expressible as ONNX.
+        ConfigError: a package is missing, or the configuration cannot be read.
+    """
+    from dataclasses import asdict
+
+    from ..export.write import export_checkpoint
+
+    config = None
+    if args.config is not None:
+        from pathlib import Path
+
+        from ..config.jsonfile import read_json
+
+        found, _ = read_json(Path(args.config))
+        if not isinstance(found, dict):
+            raise ConfigError(f"{args.config}: allowed: an object of DeepSpeed's keys")
+        config = found
+    result = export_checkpoint(args.path, args.output, average=args.ema, formats=args.formats, config=config)
+    print(json.dumps(asdict(result), indent=1) if args.json else "\n".join(_lines(result)))
+    return 0
+
+
+def _lines(result: Any) -> list[str]:
+    from ..core.text import bytes_text
+    from .screen import facts
+
+    arguments = ", ".join(f"{key}={value!r}" for key, value in result.arguments.items())
+    rows = [
+        ("checkpoint", f"{result.checkpoint} (step {result.step:,}, all files verified)"),
+        ("model", f"{result.model}, {result.parameters:,} parameters, fp32" + ", average" * result.average),
+        ("", arguments),
+    ]
+    names = [("", f"{result.output}/{name}  {bytes_text(size)}") for name, size in result.files.items()]
+    rows += [("written", names[0][1]), *names[1:]]
+    rows += [("checked", f"{what}: largest difference {value:.1g}") for what, value in result.checks.items()]
+    rows += [("note", note) for note in result.notes]
+    if "config.json" in result.files:
+        rows.append(("load", f'timm.create_model("local-dir:{result.output}", pretrained=True)'))
+    return facts(rows)

@@ -1,0 +1,1 @@
+"""From a checkpoint to files that other programs load: timm weights, ONNX, a folder for a model hub."""

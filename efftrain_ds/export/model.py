@@ -1,0 +1,200 @@
+"""A plain timm model from a checkpoint: its architecture is read from the stored names and shapes, its weights from the
+shards, one parameter at a time. No engine, no device and no method's code takes part.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+from torch import nn
+
+from ..checkpoint.reader import Checkpoint
+from ..config.sections import DataConfig, ModelConfig
+from ..core.errors import CheckpointError, ModelError
+from ..models.adapters import create_model
+from ..models.stacks import prepare_growth, stacks_of
+
+_LEFT_OUT = {
+    *("dynamic_img_size", "num_classes", "scriptable", "exportable"),
+    *("pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir"),
+}
+"""Arguments of timm that are set here, or would make it load a file that the checkpoint names."""
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """What the exported model is built from.
+
+    Attributes:
+        name: for `timm.create_model`.
+        kwargs: further arguments, those of a smaller depth included.
+        num_classes: outputs of the classifier.
+        resolution: side in pixels of the images that the run evaluates on.
+        data: how an image becomes an input.
+        pretrained: the run started from timm's weights.
+    """
+
+    name: str
+    kwargs: Mapping[str, Any]
+    num_classes: int
+    resolution: int
+    data: DataConfig
+    pretrained: bool
+
+    def create(self, device: str = "cpu", **kwargs: Any) -> nn.Module:
+        """The model with fresh weights.
+
+        Raises:
+            ModelError: timm cannot build it.
+        """
+        with torch.device(device):
+            return create_model(
+                self.name,
+                resolution=self.resolution,
+                num_classes=self.num_classes,
+                **{**self.kwargs, **kwargs},
+            )
+
+
+def model_spec(found: Checkpoint, config: Mapping[str, Any] | None = None) -> ModelSpec:
+    """What the model of a checkpoint is built from.
+
+    Args:
+        found: the checkpoint.
+        config: whole configuration with an "efftrain" section; None takes the one that the checkpoint holds.
+
+    Raises:
+        CheckpointError: the checkpoint holds no configuration or names no timm model, or timm cannot build a model with
+            the stored parameters.
+    """
+    config = found.config if config is None else config
+    if config is None:
+        raise CheckpointError(
+            f"{found.folder}: holds no configuration (it was saved by a loop of your own); name one with "
+            "efftrain.model and efftrain.data: --config FILE"
+        )
+    section = config.get("efftrain") or {}
+    try:
+        model = ModelConfig.model_validate_json(json.dumps(section.get("model") or {}))
+        data = DataConfig.model_validate_json(json.dumps(section.get("data") or {}))
+    except ValidationError as error:
+        raise CheckpointError(f"{found.folder}: configuration: {error.errors()[0]['msg']}") from error
+    if not model.name:
+        raise CheckpointError(f"{found.folder}: efftrain.model.name is not given; only timm models can be exported")
+    # built for one size, as timm's own checkpoints are: several sizes during training change no parameter
+    kwargs = {key: value for key, value in model.kwargs.items() if key not in _LEFT_OUT}
+    spec = ModelSpec(model.name, kwargs, model.num_classes or 1, data.resolution, data, model.pretrained)
+    spec = replace(spec, num_classes=_classes(spec, found))
+    return replace(spec, kwargs=_fitted(spec, found))
+
+
+def load(spec: ModelSpec, found: Checkpoint, *, average: bool = False, **kwargs: Any) -> nn.Module:
+    """The model with the weights of the checkpoint in fp32, in evaluation mode.
+
+    Args:
+        spec: of `model_spec`.
+        found: the checkpoint.
+        average: take the average of the weights.
+        **kwargs: further arguments of `timm.create_model` that change no parameter.
+
+    Raises:
+        CheckpointError: parameters or buffers of the checkpoint are not the model's.
+    """
+    model = spec.create(**kwargs).float().eval()
+    _check(spec, found, model)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(found.parameter(name, average=average))
+        for name, buffer in model.named_buffers():
+            if name in found.buffers:
+                buffer.copy_(found.buffer(name))
+    return model
+
+
+def _shapes(found: Checkpoint) -> dict[str, list[int]]:
+    return found.shapes | found.frozen
+
+
+def _classes(spec: ModelSpec, found: Checkpoint) -> int:
+    """Outputs of the classifier, by the stored weights.
+
+    Raises:
+        CheckpointError: the model does not name its classifier, or the checkpoint lacks it.
+    """
+    model = spec.create("meta")
+    names = (getattr(model, "pretrained_cfg", None) or {}).get("classifier") or "head"
+    name = f"{names if isinstance(names, str) else names[0]}.weight"
+    shapes = _shapes(found)
+    if name not in shapes:
+        raise CheckpointError(f"{found.folder}: has no {name}, the classifier of {spec.name}")
+    return shapes[name][0]
+
+
+def _fitted(spec: ModelSpec, found: Checkpoint) -> Mapping[str, Any]:
+    """Arguments of timm for the stored depth; those of the full model where it fits as it is.
+
+    Raises:
+        CheckpointError: timm has no model of that name with these parameters.
+    """
+    full = spec.create("meta")
+    problem = _difference(_shapes(found), full)
+    if problem is None:
+        return spec.kwargs
+    shallow = dict(spec.kwargs)
+    try:
+        stacks = stacks_of(prepare_growth(full))
+        depths: dict[str, int] = {}
+        for stack in stacks:
+            for container, _ in stack.slots:
+                head = f"{container}."
+                indices = {int(n[len(head) :].split(".")[0]) for n in _shapes(found) if n.startswith(head)}
+                if indices != set(range(len(indices))):
+                    raise ModelError(f"{container} holds blocks {sorted(indices)}")
+                depths[container] = len(indices)
+        if list(depths) != ["blocks"]:
+            words = ", ".join(f"{name} {depth}" for name, depth in depths.items())
+            raise ModelError(f"timm takes no depth for {spec.name} ({words})")
+        shallow["depth"] = depths["blocks"]
+        model = replace(spec, kwargs=shallow).create("meta")
+    except (ModelError, ValueError) as error:
+        raise _refused(found, spec, f"{problem}; {error}") from error
+    rest = _difference(_shapes(found), model)
+    if rest is not None:
+        raise _refused(found, spec, rest)
+    return shallow
+
+
+def _refused(found: Checkpoint, spec: ModelSpec, why: str) -> CheckpointError:
+    return CheckpointError(
+        f"{found.folder}: timm cannot build {spec.name} as it was at step {found.step:,}: {why}. A checkpoint of the "
+        "last stage, where the model has its full depth, can be exported"
+    )
+
+
+def _check(spec: ModelSpec, found: Checkpoint, model: nn.Module) -> None:
+    problem = _difference(_shapes(found), model)
+    buffers = dict(model.named_buffers())
+    wrong = [
+        f"buffer {name} is {shape}, timm's is {list(buffers[name].shape) if name in buffers else None}"
+        for name, shape in found.buffers.items()
+        if name not in buffers or list(buffers[name].shape) != shape
+    ]
+    if problem is not None or wrong:
+        raise _refused(found, spec, problem or wrong[0])
+
+
+def _difference(shapes: Mapping[str, list[int]], model: nn.Module) -> str | None:
+    """The first difference between stored shapes and a model; None where there is none."""
+    own = {name: list(parameter.shape) for name, parameter in model.named_parameters()}
+    missing, unknown = sorted(set(own) - set(shapes)), sorted(set(shapes) - set(own))
+    if missing:
+        return f"the checkpoint has no {missing[0]}" + (f" and {len(missing) - 1} more" if missing[1:] else "")
+    if unknown:
+        return f"timm's model has no {unknown[0]}" + (f" and {len(unknown) - 1} more" if unknown[1:] else "")
+    wrong = [name for name, shape in own.items() if shapes[name] != shape]
+    return f"{wrong[0]} is {shapes[wrong[0]]}, timm's is {own[wrong[0]]}" if wrong else None

@@ -1,0 +1,94 @@
+"""ONNX: written by torch, checked with ONNX Runtime on real images."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import warnings
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ..core.errors import ConfigError, ModelError
+
+TOLERANCE = 1e-4
+_NEEDED = ("onnx", "onnxscript", "onnxruntime")
+
+
+def require() -> None:
+    """Refuse early where a package is missing.
+
+    Raises:
+        ConfigError: names it and how to get it.
+    """
+    missing = [name for name in _NEEDED if find_spec(name) is None]
+    if missing:
+        raise ConfigError(
+            f'efftrain export: ONNX needs {", ".join(missing)}; install with: pip install "efftrain-ds[export]"'
+        )
+
+
+def write(model: nn.Module, images: Tensor, path: Path) -> float:
+    """Write `model` with a batch of any size, run it with ONNX Runtime and compare.
+
+    Args:
+        model: in evaluation mode, built with timm's ``exportable=True``.
+        images: real inputs [N, C, H, W], N at least 3.
+        path: the file.
+
+    Returns:
+        Largest difference of a logit, over batches of 1, 2 and N images.
+
+    Raises:
+        ModelError: torch cannot express the model in ONNX, or the results differ by more than `TOLERANCE`.
+    """
+    import onnxruntime
+
+    try:
+        with _quiet():
+            torch.onnx.export(
+                model,
+                (images[:2],),
+                str(path),
+                input_names=["images"],
+                output_names=["logits"],
+                dynamic_shapes=({0: torch.export.Dim("batch")},),
+                dynamo=True,
+                external_data=False,
+                verbose=False,
+            )
+    except Exception as error:  # the exporter raises many types
+        raise ModelError(f"{type(model).__name__} cannot be written as ONNX: {_first_line(error)}") from error
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    worst = 0.0
+    for part in (images[:1], images[:2], images):
+        with torch.no_grad():
+            expected = model(part)
+        found = torch.from_numpy(session.run(["logits"], {"images": part.numpy()})[0])
+        if found.shape != expected.shape:
+            raise ModelError(f"{path}: gives {list(found.shape)} for {list(part.shape)}, not {list(expected.shape)}")
+        worst = max(worst, float((found - expected).abs().max()))
+    if not worst <= TOLERANCE:
+        raise ModelError(f"{path}: logits differ by {worst:.2g} from the model's, allowed: {TOLERANCE:g}")
+    return worst
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """The exporter tells a long story on the screen."""
+    level = logging.getLogger("torch.onnx").level
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        try:
+            yield
+        finally:
+            logging.getLogger("torch.onnx").setLevel(level)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,516 @@
+"""The faults of the reliability table. Each case breaks real runs and returns one row."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from efftrain_ds.checkpoint.folder import newest_good, verify
+from efftrain_ds.core.errors import CheckpointError
+
+from .fleet import Fleet, Outcome, limit_file_size
+from .setup_of_runs import EVERY, STEPS, config_of, debris, events, final_state, resumed_at
+
+
+@dataclass
+class Row:
+    """One line of the table.
+
+    Attributes:
+        fault: what was done.
+        trials: how often.
+        passed: how often everything held.
+        lost_steps: most optimizer steps that had to be done again.
+        recovery_s: longest time from the new start to the resume.
+        problems: what did not hold.
+    """
+
+    fault: str
+    trials: int = 0
+    passed: int = 0
+    lost_steps: int | None = None
+    recovery_s: float | None = None
+    problems: list[str] = field(default_factory=list)
+
+    def trial(self, name: str, problems: list[str], lost: int | None = None, recovery: float | None = None) -> None:
+        """Count one trial; no problems means that it passed."""
+        self.trials += 1
+        self.passed += not problems
+        self.problems += [f"{name}: {problem}" for problem in problems]
+        if lost is not None:
+            self.lost_steps = max(self.lost_steps or 0, lost)
+        if recovery is not None:
+            self.recovery_s = max(self.recovery_s or 0.0, recovery)
+
+
+class Suite:
+    """Cases by name; `full` runs every trial, else each fault at least once."""
+
+    def __init__(self, folder: Path, full: bool = False):
+        self.folder, self.full = folder, full
+        self.fleet = Fleet(folder / "logs")
+        self._reference: dict[str, str] | None = None
+
+    @property
+    def reference(self) -> dict[str, str]:
+        """Final state of the uninterrupted run."""
+        if self._reference is None:
+            output = self.folder / "reference"
+            outcome = self.fleet.run(config_of(output))
+            assert outcome.codes == [0, 0], outcome.text[0][-3000:]
+            self._reference = final_state(output)
+        return self._reference
+
+    def fresh(self, name: str) -> Path:
+        """An empty output folder."""
+        output = self.folder / name
+        shutil.rmtree(output, ignore_errors=True)
+        return output
+
+    def go_on(self, output: Path, broken: Outcome, **changes: object) -> tuple[list[str], int, float]:
+        """Run again without a fault: it must end with the state of the uninterrupted run."""
+        before = time.time()
+        again = self.fleet.run(config_of(output, **changes))
+        problems = []
+        if again.codes != [0, 0]:
+            return [f"the second run ended with {again.codes}: {again.text[0][-400:]}"], STEPS, again.seconds
+        if final_state(output) != self.reference:
+            problems.append("the end differs from the uninterrupted run")
+        if debris(output):
+            problems.append(f"left behind: {debris(output)}")
+        found = events(output, "resume")
+        recovery = found[-1]["time"] - before if found else again.seconds
+        return problems, broken.last_step - resumed_at(output), recovery
+
+    # -- F1, F2: a rank is killed ------------------------------------------------------------------------------
+
+    def killed(self) -> Row:
+        """F1: SIGKILL at seeded places; the run goes on and ends as if nothing had been."""
+        row = Row("F1 kill -9 of a rank or of all")
+        rng = random.Random(0)
+        places = [
+            ("step.end:kill,rank=1,hit=5", "step"),
+            ("rebuild.create:kill", "rebuild"),
+            ("save.rank_file:kill,rank=0,hit=5", "save"),
+        ]
+        if self.full:
+            hits = {"step.begin": STEPS, "step.before_update": STEPS, "step.end": STEPS - 1, "save.begin": 4,
+                    "save.rank_file": 8, "stage.enter": 2, "rebuild.teardown": 1, "rebuild.restore": 1,
+                    "eval.batch": 8}  # fmt: skip
+            while len(places) < 30:
+                point = rng.choice(list(hits))
+                who = rng.choice(["", ",rank=0", ",rank=1"])
+                places.append((f"{point}:kill{who},hit={rng.randint(1, hits[point])}", point))
+        for number, (fault, point) in enumerate(places):
+            output = self.fresh(f"killed-{number}")
+            held_out = _HELD_OUT if point == "eval.batch" else {}
+            broken = self.fleet.run(config_of(output, **held_out), faults=fault, grace_s=8)
+            problems = [] if -signal.SIGKILL in broken.codes else [f"nobody was killed: {broken.codes}"]
+            found, lost, recovery = self.go_on(output, broken, **held_out)
+            if lost > EVERY:
+                found.append(f"{lost} steps lost, the interval is {EVERY}")
+            row.trial(fault, problems + found, lost, recovery)
+        return row
+
+    def killed_while_saving(self) -> Row:
+        """F2: killed between the shards, the manifest, the rename and the pointer: always a readable checkpoint."""
+        row = Row("F2 killed between shards, manifest, rename, latest")
+        expected = {"save.before_manifest": 3, "save.before_rename": 3, "save.before_latest": 3, "save.end": 6}
+        chosen = expected if self.full else {k: expected[k] for k in ("save.before_manifest", "save.before_latest")}
+        for point, step in chosen.items():
+            output = self.fresh(point.replace(".", "-"))
+            broken = self.fleet.run(config_of(output), faults=f"{point}:kill,hit=2", grace_s=8)
+            problems = [] if broken.codes[0] == -signal.SIGKILL else [f"rank 0 ended with {broken.codes[0]}"]
+            found, lost, recovery = self.go_on(output, broken)
+            if resumed_at(output) != step:
+                found.append(f"resumed at {resumed_at(output)}, expected {step}")
+            row.trial(point, problems + found, lost, recovery)
+        return row
+
+    # -- F3: damage ----------------------------------------------------------------------------------------------
+
+    def damaged(self) -> Row:
+        """F3: every file, every kind of damage: found, named, the older one taken."""
+        row = Row("F3 flipped bit, cut, empty, missing, swapped files")
+        self.reference  # noqa: B018
+        source = self.folder / "reference" / "checkpoints"
+        newest, older = source / f"step-{STEPS:08d}", source / f"step-{STEPS - EVERY:08d}"
+        for name in sorted(json.loads((newest / "manifest.json").read_text())["files"]):
+            for kind, damage in _DAMAGE.items():
+                root = self.fresh("damaged")
+                shutil.copytree(newest, root / newest.name)
+                shutil.copytree(older, root / older.name)
+                (root / "latest").write_text(newest.name + "\n")
+                if not damage(root / newest.name, name):
+                    continue
+                problems = []
+                try:
+                    verify(root / newest.name)
+                    problems.append("loaded silently")
+                except CheckpointError as error:
+                    if name not in str(error) and kind != "swapped":
+                        problems.append(f"does not name the file: {error}")
+                if newest_good(root) != root / older.name:
+                    problems.append("the older checkpoint was not taken")
+                row.trial(f"{kind} {name}", problems)
+        return row
+
+    # -- F4: no space --------------------------------------------------------------------------------------------
+
+    def disk_full(self) -> Row:
+        """F4: writes fail in the middle of a run; it goes on, and saves again when there is room."""
+        row = Row("F4 disk full while saving")
+        cases = {"fault point, rank 1": "save.rank_file:oserror,rank=1,hit=3"}
+        if self.full:
+            cases |= {
+                "fault point, manifest": "save.before_manifest:oserror,hit=2",
+                "fault point, in the background": "save.rank_file:oserror,rank=0,hit=5",
+            }
+        for name, fault in cases.items():
+            output = self.fresh("disk-full")
+            changes = {"efftrain/checkpoint/background": True} if "background" in name else {}
+            outcome = self.fleet.run(config_of(output, **changes), faults=fault)
+            row.trial(name, self._survived(output, outcome))
+        output = self.fresh("disk-full-limit")
+
+        def squeeze(pids: list[int]) -> None:
+            first = output / "checkpoints" / f"step-{EVERY:08d}" / "manifest.json"
+            failed = 0
+            limited = False
+            while not failed and _alive(pids[0]):
+                if first.exists() and not limited:
+                    limited = True
+                    for pid in pids:
+                        limit_file_size(pid, 200_000)
+                failed = len(events(output, "checkpoint_failed"))
+                time.sleep(0.02)
+            for pid in pids:
+                if _alive(pid):
+                    limit_file_size(pid, -1)
+
+        outcome = self.fleet.run(config_of(output), during=squeeze)
+        row.trial("RLIMIT_FSIZE", self._survived(output, outcome))
+        return row
+
+    def _survived(self, output: Path, outcome: Outcome) -> list[str]:
+        problems = [] if outcome.codes == [0, 0] else [f"ended with {outcome.codes}: {outcome.text[0][-400:]}"]
+        failed = events(output, "checkpoint_failed")
+        if len(failed) != 1 or outcome.text[0].count("checkpoint not saved") != 1:
+            problems.append(f"{len(failed)} failures in the journal, one warning expected")
+        if not problems and final_state(output) != self.reference:
+            problems.append("the end differs from the run with enough space")
+        if debris(output):
+            problems.append(f"left behind: {debris(output)}")
+        for folder in (output / "checkpoints").glob("step-*"):
+            verify(folder)
+        return problems
+
+    # -- F5: signals ---------------------------------------------------------------------------------------------
+
+    def signalled(self) -> Row:
+        """F5: SIGTERM in every phase: saved at most one step later, exit 75 on all ranks, the end is the same."""
+        row = Row("F5 SIGTERM at one rank, in evaluation, in a rebuild, at all")
+        cases = {
+            "rank 0 only": "step.begin:term,rank=0,hit=5",
+            "evaluation, rank 1": "eval.batch:term,rank=1,hit=2",
+            "rebuild, rank 0": "rebuild.create:term,rank=0",
+        }
+        if self.full:
+            cases |= {
+                "all ranks": "step.before_update:term,hit=4",
+                "SIGINT": "step.begin:int,rank=1,hit=2",
+                "while saving": "save.rank_file:term,rank=1,hit=1",
+                "first step": "step.begin:term,hit=1",
+            }
+        for name, fault in cases.items():
+            output = self.fresh("signalled")
+            held_out = _HELD_OUT if "eval" in fault else {}
+            broken = self.fleet.run(config_of(output, **held_out), faults=fault)
+            problems = [] if broken.codes == [75, 75] else [f"ended with {broken.codes}: {broken.text[0][-400:]}"]
+            saved = events(output, "preempted")
+            if not saved or saved[-1]["seconds"] > 30:
+                problems.append(f"not saved within 30 s: {saved}")
+            found, lost, recovery = self.go_on(output, broken, **held_out)
+            if lost > 0:
+                found.append(f"{lost} steps lost")
+            row.trial(name, problems + found, max(lost, 0), recovery)
+        output = self.fresh("signalled-twice")
+        broken = self.fleet.run(
+            config_of(output), faults="step.begin:term,rank=0,hit=5; save.begin:term,rank=0,hit=2", grace_s=8
+        )
+        problems = [] if broken.codes[0] == 128 + signal.SIGTERM else [f"rank 0 ended with {broken.codes[0]}"]
+        found, lost, recovery = self.go_on(output, broken)
+        row.trial("twice", problems + found, lost, recovery)
+        return row
+
+    # -- F6: other worlds and stages -----------------------------------------------------------------------------
+
+    def other_world(self) -> Row:
+        """F6: 2 -> 1 -> 2 ranks and ZeRO 2 -> 3 -> 1; every sample once, the end near that of the whole run."""
+        row = Row("F6 world 2 -> 1 -> 2, ZeRO 2 -> 3 -> 1")
+        still = {**_HELD_OUT, "efftrain/model/drop_path": 0.0, "efftrain/data/randaugment": None}
+        still |= {f"efftrain/data/{name}": 0.0 for name in ("erasing", "mixup", "cutmix")}
+        whole = self.fresh("world-whole")
+        problems = []
+        if self.fleet.run(config_of(whole, **still)).codes != [0, 0]:
+            problems.append("the whole run failed")
+        output = self.fresh("world")
+        plan = [(2, 2, "step.begin:term,hit=4"), (1, 3, "step.begin:term,hit=3"), (2, 1, "")]
+        steps = []
+        for world, stage, fault in plan:
+            changes = {**still, "zero_optimization/stage": stage, "train_micro_batch_size_per_gpu": 4}
+            outcome = self.fleet.run(config_of(output, **changes), world=world, faults=fault)
+            if outcome.codes != [75 if fault else 0] * world:
+                problems.append(f"world {world}, stage {stage}: {outcome.codes}: {outcome.text[0][-400:]}")
+            steps.append(outcome.last_step)
+        if steps != [4, 7, STEPS]:
+            problems.append(f"stopped at {steps}, expected [4, 7, {STEPS}]")
+        a, b = (events(folder, "eval")[-1:] for folder in (whole, output))
+        if not a or not b or abs(a[0]["loss"] - b[0]["loss"]) > 1e-5 * abs(a[0]["loss"]) + 1e-5:
+            problems.append(f"held-out loss {[e['loss'] for e in a]} and {[e['loss'] for e in b]}")
+        row.trial("2 -> 1 -> 2", problems)
+        return row
+
+    # -- F7, F10, F12: a rank goes wrong -------------------------------------------------------------------------
+
+    def nonfinite(self) -> Row:
+        """F7: NaN on one rank: the step is applied nowhere and told; after k in a row the run ends with 76."""
+        row = Row("F7 NaN in loss or gradient of one rank")
+        for kind in ("loss", "gradient"):
+            output = self.fresh(f"nan-{kind}")
+            outcome = self.fleet.run(_poisoned(config_of(output), {kind: [4]}))
+            problems = [] if outcome.codes == [0, 0] else [f"ended with {outcome.codes}: {outcome.text[0][-400:]}"]
+            told = events(output, "nonfinite")
+            if len(told) != 1 or told[0]["step"] != 4 or "1" not in json.dumps(told[0]):
+                problems.append(f"journal: {told}")
+            if not list((output / "faults").glob("*")):
+                problems.append("no replay file")
+            row.trial(kind, problems)
+        output = self.fresh("nan-row")
+        outcome = self.fleet.run(
+            _poisoned(config_of(output, **{"efftrain/guard/max_nonfinite": 3}), {"loss": [4, 5, 6]})
+        )
+        row.trial("3 in a row", [] if outcome.codes == [76, 76] else [f"ended with {outcome.codes}"])
+        return row
+
+    def stalled(self) -> Row:
+        """F10: a rank stops answering: all end in time, with stacks and the name of the late one."""
+        row = Row("F10 a rank stalls (SIGSTOP)")
+        output, limit = self.fresh("stalled"), 4.0
+        start = time.monotonic()
+        outcome = self.fleet.run(
+            config_of(output, **{"efftrain/guard/stall_s": limit}), faults="step.begin:stop,rank=1,hit=4", grace_s=10
+        )
+        problems = []
+        if outcome.codes[0] != 78 or outcome.orphans:
+            problems.append(f"ended with {outcome.codes}, killed by the driver: {outcome.orphans}")
+        if not list(output.rglob("stall*rank0*")) and not list(output.rglob("*stall*")):
+            problems.append("no stack dump")
+        if "rank 1" not in outcome.text[0]:
+            problems.append("the late rank is not named")
+        row.trial("SIGSTOP of rank 1", problems, recovery=time.monotonic() - start)
+        return row
+
+    def disagreeing(self) -> Row:
+        """F12: ranks decide differently: noticed at the next step, on all of them."""
+        row = Row("F12 ranks disagree on a decision")
+        output = self.fresh("disagree")
+        outcome = self.fleet.run(_poisoned(config_of(output), {"decision": 5}))
+        problems = [] if outcome.codes == [77, 77] else [f"ended with {outcome.codes}: {outcome.text[0][-400:]}"]
+        if outcome.last_step > 5:
+            problems.append(f"noticed only after step {outcome.last_step}")
+        row.trial("rank 1 decides otherwise at step 5", problems)
+        return row
+
+    def rebuild_fails(self) -> Row:
+        """F11: a change of parameters fails half way: the old state is back, and a new start ends as it should."""
+        row = Row("F11 rebuild fails half way")
+        output = self.fresh("rebuild-fails")
+        broken = self.fleet.run(config_of(output), faults="rebuild.restore:error")
+        problems = [] if broken.codes == [2, 2] else [f"ended with {broken.codes}"]
+        if "the state before the rebuild is restored" not in broken.text[0]:
+            problems.append("does not say that the state is restored")
+        found, lost, recovery = self.go_on(output, broken)
+        row.trial("after the new engine was created", problems + found, lost, recovery)
+        return row
+
+    # -- F9, F13, F14: what the run is given ---------------------------------------------------------------------
+
+    def malicious(self) -> Row:
+        """F9: pickles in a checkpoint are not run, whatever file they pretend to be."""
+        row = Row("F9 malicious pickle in a checkpoint")
+        self.reference  # noqa: B018
+        for name in ("rank-00000.safetensors", "state.safetensors", "mp_rank_00_model_states.pt"):
+            output = self.fresh("malicious")
+            source = self.folder / "reference" / "checkpoints" / f"step-{STEPS - EVERY:08d}"
+            folder = output / "checkpoints" / source.name
+            shutil.copytree(source, folder)
+            canary = self.folder / "canary"
+            _pickle_bomb(folder / name, canary, into_manifest=name.endswith("safetensors"))
+            outcome = self.fleet.run(config_of(output))
+            problems = ["the code in the pickle ran"] if canary.exists() else []
+            expected = [2, 2] if name.endswith("safetensors") else [0, 0]
+            if outcome.codes != expected:
+                problems.append(f"ended with {outcome.codes}: {outcome.text[0][-400:]}")
+            row.trial(name, problems)
+            if not self.full:
+                break
+        return row
+
+    def changed_config(self) -> Row:
+        """F13: what may change on a resume is listed, what may not is refused with a difference."""
+        row = Row("F13 resume with a changed configuration")
+        output = self.fresh("changed")
+        self.fleet.run(config_of(output), faults="step.begin:term,hit=5")
+        cases = {
+            "run/seed": (1, "efftrain.run.seed: 0 -> 1"),
+            "model/kwargs/num_heads": (4, "efftrain.model.kwargs.num_heads: 2 -> 4"),
+            "methods/autoprog/depth_start": (0.75, "efftrain.methods.autoprog.depth_start: 0.5 -> 0.75"),
+        }
+        for key, (value, text) in list(cases.items())[: None if self.full else 1]:
+            outcome = self.fleet.run(config_of(output, **{f"efftrain/{key}": value}))
+            problems = [] if outcome.codes == [2, 2] else [f"ended with {outcome.codes}"]
+            if text not in outcome.text[0]:
+                problems.append(f"{text!r} not in {outcome.text[0][-600:]}")
+            row.trial(key, problems)
+        outcome = self.fleet.run(config_of(output, **{"efftrain/observe/eval_every": "50%", "gradient_clipping": 0.9}))
+        problems = [] if outcome.codes == [0, 0] else [f"ended with {outcome.codes}: {outcome.text[0][-400:]}"]
+        for text in ("gradient_clipping: 1.0 -> 0.9", "efftrain.observe.eval_every"):
+            if text not in outcome.text[0]:
+                problems.append(f"{text} is not listed")
+        row.trial("allowed", problems)
+        return row
+
+    def surroundings(self) -> Row:
+        """F14: a loader process is killed; the output folder cannot be written."""
+        row = Row("F14 loader process killed, output folder not writable")
+
+        def kill_worker(pids: list[int]) -> None:
+            while _alive(pids[1]):
+                children = _children(pids[1])
+                if children and events(output, "start"):
+                    time.sleep(0.3)
+                    os.kill(children[0], signal.SIGKILL)
+                    return
+                time.sleep(0.05)
+
+        output = self.fresh("loader")
+        outcome = self.fleet.run(config_of(output, **{"efftrain/data/workers": 1}), during=kill_worker)
+        said = "\n".join(outcome.text)
+        problems = [] if 0 not in outcome.codes and "worker" in said else [f"ended with {outcome.codes}: {said[-400:]}"]
+        row.trial("loader process", problems)
+        blocked = self.folder / "a-file"
+        blocked.write_text("")
+        outcome = self.fleet.run(config_of(blocked / "run"))
+        problems = [] if outcome.codes == [2, 2] else [f"ended with {outcome.codes}: {outcome.text[0][-400:]}"]
+        if "a-file" not in outcome.text[0] or "Traceback" in outcome.text[0]:
+            problems.append("the folder is not named in one clear line")
+        row.trial("output folder", problems)
+        return row
+
+
+CASES: dict[str, Callable[[Suite], Row]] = {
+    "F1": Suite.killed,
+    "F2": Suite.killed_while_saving,
+    "F3": Suite.damaged,
+    "F4": Suite.disk_full,
+    "F5": Suite.signalled,
+    "F6": Suite.other_world,
+    "F7": Suite.nonfinite,
+    "F9": Suite.malicious,
+    "F10": Suite.stalled,
+    "F11": Suite.rebuild_fails,
+    "F12": Suite.disagreeing,
+    "F13": Suite.changed_config,
+    "F14": Suite.surroundings,
+}
+
+
+_HELD_OUT = {"efftrain/data/val": "bundled:fashion_mnist/val"}
+
+
+def _poisoned(config: dict, what: dict) -> dict:
+    config["efftrain"]["plugins"] = ["tests.faults.poison"]
+    config["efftrain"]["methods"]["poison"] = what
+    return config
+
+
+def _alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] not in "ZX"
+    except OSError:
+        return False
+
+
+def _children(pid: int) -> list[int]:
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = path.read_text().rsplit(")", 1)[1].split()
+        except OSError:
+            continue
+        if int(fields[1]) == pid and fields[0] not in "ZX":
+            found.append(int(path.parent.name))
+    return found
+
+
+def _flip(folder: Path, name: str) -> bool:
+    data = bytearray((folder / name).read_bytes())
+    data[len(data) // 2] ^= 1
+    (folder / name).write_bytes(data)
+    return True
+
+
+def _cut(folder: Path, name: str) -> bool:
+    data = (folder / name).read_bytes()
+    (folder / name).write_bytes(data[: len(data) // 2])
+    return True
+
+
+def _empty(folder: Path, name: str) -> bool:
+    (folder / name).write_bytes(b"")
+    return True
+
+
+def _missing(folder: Path, name: str) -> bool:
+    (folder / name).unlink()
+    return True
+
+
+def _swap(folder: Path, name: str) -> bool:
+    if "rank-00000" not in name:
+        return False
+    first, second = folder / name, folder / name.replace("00000", "00001")
+    kept = first.read_bytes()
+    first.write_bytes(second.read_bytes())
+    second.write_bytes(kept)
+    return True
+
+
+_DAMAGE = {"flipped bit": _flip, "cut": _cut, "empty": _empty, "missing": _missing, "swapped": _swap}
+
+
+def _pickle_bomb(path: Path, canary: Path, *, into_manifest: bool) -> None:
+    """A file whose unpickling writes the canary; with a manifest entry that fits it, as an attacker would make it."""
+    import hashlib
+    import pickle
+
+    class Bomb:
+        def __reduce__(self):
+            return (os.system, (f"touch {canary}",))
+
+    canary.unlink(missing_ok=True)
+    data = pickle.dumps(Bomb())
+    path.write_bytes(data)
+    if into_manifest:
+        manifest = path.parent / "manifest.json"
+        document = json.loads(manifest.read_text())
+        document["files"][path.name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+        manifest.write_text(json.dumps(document))
