@@ -6,7 +6,6 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +86,6 @@ class Trainer:
         self._changes: list[str] = []
         assert self.engine.guard is not None
         self.guard = self.engine.guard
-        self.guard.on_nonfinite = self._nonfinite
         self.guard.sample_names = self._sample_names
         self._signals = StopSignals(self.guard.request_stop, self._stop_note)
         self.saver = Saver(
@@ -163,7 +161,8 @@ class Trainer:
                 logits = engine(batch.images)
                 loss = engine.loss(logits.float(), batch, lambda out, b: self._loss(out, b, denominator))
                 engine.backward(loss)
-                self._loss_sum += loss.detach() / stage.accumulation
+                # a step that is not finite is not applied; the line shows the mean of the others
+                self._loss_sum += torch.nan_to_num(loss.detach(), 0.0, 0.0, 0.0) / stage.accumulation
                 if index + 1 < len(micro):
                     engine.step()
                 if shown is not None:
@@ -302,9 +301,6 @@ class Trainer:
             counts = f"{before / 1e6:.3g} M -> {after / 1e6:.3g} M trainable parameters"
             self.console.write(f"rebuild  {data['reason']}: {counts} in {data['seconds']:.2f} s")
 
-    def _nonfinite(self, findings: list[Any]) -> None:
-        self._record("nonfinite", findings=[asdict(found) for found in findings], count=self.guard.count)
-
     def _sample_names(self, ids: list[int]) -> list[str]:
         """Where samples lie: shard and offset, as the index says."""
         manifest = self.run_parts.train_manifest
@@ -441,6 +437,7 @@ class Trainer:
             "stage/index": float(state.stage),
             "stage/micro_batch": float(self.schedule.stages[state.stage].micro_batch),
             "health/skipped_steps": float(self.engine.skipped_steps),
+            "health/nonfinite_steps": float(self.guard.count),
             "health/bad_samples": float(sum(self.run_parts.loader.bad_samples.values())),
             "speed/memory_gb": (state.memory or 0.0) / 2**30,
         }

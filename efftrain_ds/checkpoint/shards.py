@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..core.errors import CheckpointError
@@ -51,6 +51,28 @@ def rank_parts(
         plain = {**plain, "keys": list(sources)}
     text = json.dumps({**plain, "fragments": index, "scalars": scalars}) + "\n"
     return [Part(f"rank-{rank:05d}.safetensors", tensors), Part(f"rank-{rank:05d}.json", text)]
+
+
+def open_tensors(path: Path) -> Any:
+    """A safetensors file for reading.
+
+    Raises:
+        CheckpointError: it cannot be read as one; nothing else (a pickle) is ever tried.
+    """
+    try:
+        return safe_open(str(path), framework="pt", device="cpu")
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path}: not a readable safetensors file ({error})") from error
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """All tensors of a file.
+
+    Raises:
+        CheckpointError: as `open_tensors`.
+    """
+    handle = open_tensors(path)
+    return {name: handle.get_tensor(name) for name in handle.keys()}
 
 
 @dataclass
@@ -98,15 +120,17 @@ class ShardReader:
 
     def _handle(self, path: Path) -> Any:
         if path not in self._open:
-            self._open[path] = safe_open(str(path), framework="pt", device="cpu")
+            self._open[path] = open_tensors(path)
         return self._open[path]
 
     def check(self, shapes: dict[str, torch.Size]) -> None:
-        """Compare names and element counts with the model's.
+        """Open every file, and compare names and element counts with the model's.
 
         Raises:
-            CheckpointError: parameters are missing, unknown or of another size.
+            CheckpointError: a file is not readable, or parameters are missing, unknown or of another size.
         """
+        for path in {source.path for sources in self.sources.values() for source in sources}:
+            self._handle(path)
         missing = sorted(set(shapes) - set(self.sources))
         unknown = sorted(set(self.sources) - set(shapes))
         sizes = [

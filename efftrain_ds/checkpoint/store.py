@@ -13,7 +13,6 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file
 from torch import Tensor
 
 from ..core import faults
@@ -26,7 +25,7 @@ from .background import BackgroundSave
 from .folder import free_space, name_of, newest_good, prune, seal, verify
 from .plain import from_plain, to_plain
 from .random_state import plain_rng_state, set_plain_rng_state
-from .shards import ShardReader, rank_parts, read_into
+from .shards import ShardReader, rank_parts, read_into, read_tensors
 from .writer import Part, write_part
 
 logger = logging.getLogger(__name__)
@@ -267,7 +266,7 @@ def read_document(path: Path) -> dict[str, Any]:
 
 def read_extra(path: Path) -> dict[str, Any]:
     """The caller's own state of a checkpoint."""
-    return from_plain(read_document(path)["extra"], load_file(str(path / "state.safetensors")))
+    return from_plain(read_document(path)["extra"], read_tensors(path / "state.safetensors"))
 
 
 def load(
@@ -298,7 +297,7 @@ def load(
     error = None
     try:
         document = read_document(path)
-        state_tensors = load_file(str(path / "state.safetensors"))
+        state_tensors = read_tensors(path / "state.safetensors")
         reader = ShardReader(path, document["world"])
         reader.check(layout.shapes)
         _check_model(engine, document, state_tensors, layout, optimizer_state, path)

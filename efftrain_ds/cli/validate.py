@@ -27,12 +27,16 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         ConfigError: the configuration is wrong.
     """
-    from ..config.issues import Issue, table
-    from ..config.loader import check_config
+    from ..config.issues import ConfigIssues, Issue, table
+    from ..config.loader import build_methods, check_config
     from ..core.errors import ConfigError
 
     try:
         loaded = check_config(args.file, overrides=args.overrides, world=args.world)
+        build_methods(loaded)
+        run, where = loaded.efftrain.run, "efftrain.run"
+        if (loaded.methods or loaded.efftrain.model.name) and run.epochs is None and run.steps is None:
+            raise ConfigIssues([Issue(where, 'no budget. Give "epochs" or "steps"')], args.file)
     except ConfigError as error:
         if not args.json:
             raise

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from .deepspeed_sections import check_sections
 from .describe import kind_of, show
 from .issues import ConfigIssues, Issue
 
@@ -164,6 +165,7 @@ def check_deepspeed(deepspeed: Mapping[str, Any], world: int | None = None) -> t
             for key, hint in REMOVED_ZERO_KEYS.items()
             if key in zero
         ]
+    errors += check_sections(deepspeed, REMOVED_ZERO_KEYS)
     errors += _check_batch(deepspeed, world)
     if "gradient_clipping" not in deepspeed:
         warnings.append(

@@ -16,7 +16,7 @@ from .decode import decode_pil
 from .feed import make_feed
 from .manifest import Manifest
 from .reader import ShardReader, check_shards
-from .worker import IGNORED_LABEL, empty_images, identity, init_worker, shutdown
+from .worker import IGNORED_LABEL, delivered, empty_images, identity, init_worker, shutdown
 
 _AHEAD = 16  # steps between two looks at which shards come next
 
@@ -146,7 +146,7 @@ class EvalLoader:
             )
         if self.feed is not None:
             self.feed.release_all()
-        for images, labels, ids in self._loader:
+        for images, labels, ids in delivered(self._loader):
             if self.feed is not None:
                 self.feed.release()
             rows = torch.from_numpy(ids)

@@ -27,7 +27,7 @@ from .manifest import Manifest
 from .order import PLAN_VERSION, SampleOrder, default_streams
 from .quarantine import Quarantine
 from .reader import ShardReader, check_shards
-from .worker import Ticket, TrainSamples, identity, init_worker, shutdown
+from .worker import Ticket, TrainSamples, delivered, identity, init_worker, shutdown
 
 logger = logging.getLogger(__name__)
 
@@ -189,7 +189,7 @@ class TrainLoader:
         self._followed = range(0)
         if self.feed is not None:
             self.feed.release_all()
-        for item in self._loader:
+        for item in delivered(self._loader):
             if generation != self._generation:
                 return
             ticket = item.ticket

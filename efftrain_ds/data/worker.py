@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import signal
 from collections import OrderedDict
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -189,6 +190,24 @@ def init_worker(_: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     # a scheduler signals the whole process group; the loader must still deliver what the last step needs
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def delivered(loader: Any) -> Iterator[Any]:
+    """Everything a DataLoader delivers, with a clear error where one of its processes is gone.
+
+    Raises:
+        ShardError: a process was killed (out of memory, or /dev/shm is full) or ended by itself.
+    """
+    try:
+        yield from loader
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise ShardError(
+            f"a loader process has ended: {str(error).splitlines()[0]} Usual causes: out of memory, or too little "
+            "/dev/shm; lower efftrain.data.workers, prefetch or decoded_cache_mb. A new start goes on from the last "
+            "checkpoint"
+        ) from error
 
 
 def shutdown(loader: DataLoader | None) -> None:

@@ -9,6 +9,7 @@ import shutil
 import signal
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -394,12 +395,10 @@ class Suite:
 
         def kill_worker(pids: list[int]) -> None:
             while _alive(pids[1]):
-                children = _children(pids[1])
-                if children and events(output, "start"):
-                    time.sleep(0.3)
-                    os.kill(children[0], signal.SIGKILL)
-                    return
-                time.sleep(0.05)
+                for child in _children(pids[1]) if events(output, "start") else []:
+                    with suppress(ProcessLookupError):
+                        os.kill(child, signal.SIGKILL)
+                time.sleep(0.02)
 
         output = self.fresh("loader")
         outcome = self.fleet.run(config_of(output, **{"efftrain/data/workers": 1}), during=kill_worker)

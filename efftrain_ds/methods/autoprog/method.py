@@ -395,6 +395,10 @@ class AutoProg(Method):
             found["search/alpha"] = self._alphas[-1]
         return found
 
+    def decision(self, ctx: Context) -> str:
+        """Sub-network of this step, and what the searches have chosen."""
+        return repr((self._drawn, sorted(self.decided.items())))
+
     def describe(self, stage: Stage) -> str:
         """For example ``"d8 R160"``; ``"search d6-12"`` while a supernet is trained."""
         if stage.settings.get("search"):

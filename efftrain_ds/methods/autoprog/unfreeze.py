@@ -295,6 +295,10 @@ class AutoProgZero(Method):
             found["stage/resolution"] = float(self._resolution)
         return found
 
+    def decision(self, ctx: Context) -> str:
+        """Level and resolution of now, and what the searches have chosen."""
+        return repr((self._level, self._resolution, sorted(self._decided.items())))
+
     def describe(self, stage: Stage) -> str:
         """For example ``"u2 R64"``."""
         settings = stage.settings

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from efftrain_ds.config import deepspeed_sections as sections
 from efftrain_ds.config.deepspeed_keys import (
     KNOWN_KEYS,
     REMOVED_KEYS,
@@ -86,6 +87,63 @@ def test_removed_keys_are_those_of_the_installed_deepspeed() -> None:
     assert set(REMOVED_ZERO_KEYS) == set(config._REMOVED_ZERO_CONFIG_KEYS)
     assert not set(REMOVED_KEYS) & set(KNOWN_KEYS)
     assert list(KNOWN_KEYS) == sorted(set(KNOWN_KEYS))
+
+
+def test_section_keys_are_those_of_the_installed_deepspeed() -> None:
+    import torch
+    from deepspeed.runtime import precision_config
+    from deepspeed.runtime.config import DEEPSPEED_OPTIMIZERS
+    from deepspeed.runtime.lr_schedules import VALID_LR_SCHEDULES
+    from deepspeed.runtime.zero import offload_config
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    for known, model in [
+        (sections.ZERO_KEYS, DeepSpeedZeroConfig),
+        (sections.OFFLOAD_PARAM_KEYS, offload_config.DeepSpeedZeroOffloadParamConfig),
+        (sections.OFFLOAD_OPTIMIZER_KEYS, offload_config.DeepSpeedZeroOffloadOptimizerConfig),
+        (sections.BF16_KEYS, precision_config.DeepSpeedBF16Config),
+        (sections.FP16_KEYS, precision_config.DeepSpeedFP16Config),
+    ]:
+        names = {name for key, field in model.model_fields.items() for name in (key, field.alias or key)}
+        assert set(known) | set(REMOVED_ZERO_KEYS) >= names
+        assert set(known) <= names
+    assert {name.lower() for name in sections.OPTIMIZERS} == set(DEEPSPEED_OPTIMIZERS)
+    assert set(sections.SCHEDULERS) == set(VALID_LR_SCHEDULES)
+    assert all(hasattr(torch.optim, name) for name in sections.TORCH_OPTIMIZERS)
+
+
+@pytest.mark.parametrize(
+    ("change", "key", "text"),
+    [
+        ({"zero_optimization": {"stagee": 2}}, "zero_optimization.stagee", 'Did you mean "stage"?'),
+        ({"zero_optimization": {"stage": 7}}, "zero_optimization.stage", "found 7, allowed: 0, 1, 2, 3"),
+        (
+            {"zero_optimization": {"offload_optimizer": {"devise": "cpu"}}},
+            "zero_optimization.offload_optimizer.devise",
+            'Did you mean "device"?',
+        ),
+        ({"bf16": {"enable": True}}, "bf16.enable", 'Did you mean "enabled"?'),
+        ({"optimizer": {"type": "AdamWW"}}, "optimizer.type", 'Did you mean "AdamW"?'),
+        ({"optimizer": {"type": "AdamW", "parms": {}}}, "optimizer.parms", 'Did you mean "params"?'),
+        ({"scheduler": {"type": "X"}}, "scheduler.type", "allowed: LRRangeTest"),
+    ],
+)
+def test_mistakes_inside_sections(change: dict[str, Any], key: str, text: str) -> None:
+    found, _ = check_deepspeed({B: 4, "gradient_clipping": 1.0, **change})
+    assert [issue.key for issue in found] == [key]
+    assert text in found[0].text
+
+
+def test_sound_sections_pass() -> None:
+    config = {
+        B: 4,
+        "gradient_clipping": 1.0,
+        "zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu", "pin_memory": True}, "_note": 1},
+        "bf16": {"enabled": True},
+        "optimizer": {"type": "adamw", "params": {"lr": 1e-3, "anything": 1}},
+        "scheduler": {"type": "WarmupCosineLR", "params": {}},
+    }
+    assert check_deepspeed(config)[0] == []
 
 
 @pytest.mark.parametrize(
