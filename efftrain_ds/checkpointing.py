@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from .checkpoint import native, store
 from .checkpoint.background import BackgroundSave
@@ -18,6 +19,8 @@ from .zero.checks import agree, text_of
 from .zero.ema import ShardedEma
 from .zero.groups import BIRTH
 from .zero.rebuild import Rebuilder
+
+logger = logging.getLogger(__name__)
 
 
 class Checkpointing:
@@ -31,6 +34,7 @@ class Checkpointing:
     rebuilds: list[dict[str, Any]]
     _original: nn.Module | None
     _saving: BackgroundSave | None
+    _buffers: dict[str, Tensor]
     _compile: tuple[tuple, dict] | None
     _in_flight: bool
     _begun: bool
@@ -170,18 +174,20 @@ class Checkpointing:
                 checks them on load, and they fit one world size and ZeRO stage.
 
         Raises:
-            CheckpointError: writing this one (or the one before, in the background) failed, or accumulation is in
-                flight.
+            CheckpointError: writing failed, or accumulation is in flight; or the save before, in the background, had
+                failed: this one is then written (or begun) all the same.
         """
         if exclude_frozen_parameters:
             raise CheckpointError("save_checkpoint: exclude_frozen_parameters=True is not supported")
         _check_form(form)
         if self._in_flight:
             raise CheckpointError("a checkpoint can be saved only between optimizer steps (accumulation is in flight)")
-        self.finish_saving()
+        problem = self._finished()
         extra = {"efftrain": self.efftrain_state(), "client": client_state or {}}
         if form == "deepspeed":
             native.save(self.deepspeed_engine, save_dir, tag, extra, latest=save_latest)
+            if problem is not None:
+                raise problem
             return True
         self._saving = store.save(
             self.deepspeed_engine,
@@ -193,11 +199,26 @@ class Checkpointing:
             latest=save_latest,
             extra=extra,
             background=background,
+            buffers=self._buffers,
         )
+        if not background:
+            self._buffers.clear()
+        if problem is not None:
+            raise problem
         return True
+
+    def _finished(self) -> CheckpointError | None:
+        """Wait for a save in the background; what went wrong with it."""
+        try:
+            self.finish_saving()
+        except CheckpointError as error:
+            return error
+        return None
 
     def finish_saving(self) -> None:
         """Wait for a checkpoint that is written in the background, if there is one. Collective.
+
+        Must be called before the process ends, where the last save was one in the background.
 
         Raises:
             CheckpointError: on all ranks, where writing it failed on some; earlier checkpoints are untouched.
@@ -237,7 +258,9 @@ class Checkpointing:
         if custom_load_fn is not None or not load_module_strict:
             raise CheckpointError("load_checkpoint: only strict loading without custom_load_fn is supported")
         _check_form(form)
-        self.finish_saving()
+        problem = self._finished()
+        if problem is not None:
+            logger.warning("the save before this load had failed: %s", problem)
         if form == "deepspeed":
             return self._load_native(load_dir, tag, load_optimizer_states and not load_module_only)
         path = store.find(load_dir, tag)

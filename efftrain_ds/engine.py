@@ -73,6 +73,7 @@ class EfficientEngine(Checkpointing):
         own["_original"] = original
         own["_pending"] = None
         own["_saving"] = None
+        own["_buffers"] = {}
         own["_compile"] = None
         own["methods"] = list(methods)
         own["schedule"] = schedule

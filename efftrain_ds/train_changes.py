@@ -25,7 +25,6 @@ _FORBIDDEN: tuple[tuple[str, str], ...] = (
     ("efftrain.optim", _PAST),
     ("optimizer", "the state belongs to that optimizer, and its groups come from the checkpoint"),
     ("scheduler", _PAST),
-    ("train_batch_size", _PAST),
 )
 """First matching prefix decides; an empty reason allows. Keys that match nothing may change."""
 _METHODS = "efftrain.methods"

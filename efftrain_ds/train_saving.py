@@ -18,6 +18,7 @@ from .core.durations import parse_duration
 from .core.errors import CheckpointError
 from .core.timeline import Schedule
 from .train_changes import Change, check, compare, past_stages
+from .zero.checks import text_of
 
 logger = logging.getLogger(__name__)
 
@@ -131,13 +132,28 @@ class Saver:
         path = store.find(self.folder)
         if path is None:
             return None
+        found: tuple[dict[str, Any], list[Change]] | None = None
+        problem = None
+        try:
+            found = self._compared(path)
+        except Exception as error:  # one rank alone may fail to read; the others must not wait for it
+            problem = text_of(error)
+        store.agree_on(problem)
+        assert found is not None
+        client, changes = found
+        self.engine.load_checkpoint(self.folder, path.name)
+        return path, client, changes
+
+    def _compared(self, path: Path) -> tuple[dict[str, Any], list[Change]]:
+        """The loop's own state in a checkpoint, and what is configured otherwise since; changes nothing."""
         client = store.read_extra(path)["client"]
         step, world = (store.read_document(path)[key] for key in ("step", "world"))
+        if "config" not in client:
+            raise CheckpointError(
+                f"{path}: saved by another loop than launch/train.py; set efftrain.run.output to a new folder"
+            )
         old = json.loads(client["config"])
         changes = compare(old, self.config.resolved(), past=client.get("past"), schedule=self.schedule, step=step)
         check(changes, str(path))
         now = dist.get_world_size() if dist.is_initialized() else 1
-        if world != now:
-            changes = [Change("ranks", world, now), *changes]
-        self.engine.load_checkpoint(self.folder, path.name)
-        return path, client, changes
+        return client, [Change("ranks", world, now), *changes] if world != now else changes

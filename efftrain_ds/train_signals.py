@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT: the first one asks for an orderly end, the second one ends at once."""
+"""SIGTERM and SIGINT: the first one asks for an orderly end, another one some seconds later ends at once."""
 
 from __future__ import annotations
 
@@ -6,11 +6,14 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
+PATIENCE_S = 3.0
+"""Seconds after the first signal in which further ones are taken for the same request."""
 
 
 class StopSignals:
@@ -27,6 +30,7 @@ class StopSignals:
     def __init__(self, ask: Callable[[], None], note: Callable[[str], str]):
         self._ask, self._note = ask, note
         self._before: dict[int, Any] = {}
+        self._first = 0.0
         self.count = 0
 
     def __enter__(self) -> StopSignals:
@@ -47,8 +51,12 @@ class StopSignals:
 
     def _handle(self, number: int, _frame: FrameType | None) -> None:
         self.count += 1
-        name = signal.Signals(number).name
-        if self.count > 1:
+        name, now = signal.Signals(number).name, time.monotonic()
+        if self.count == 1:
+            self._first = now
+        elif now - self._first < PATIENCE_S:  # the launcher passes on what the whole group has got already
+            return
+        else:
             os.write(sys.stderr.fileno(), f"{name} again: ending at once\n".encode())
             os._exit(128 + number)
         self._ask()

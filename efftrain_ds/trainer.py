@@ -15,7 +15,7 @@ import torch.distributed as dist
 from .config.loader import LoadedConfig
 from .core import faults
 from .core.batch import Batch
-from .core.errors import Preempted
+from .core.errors import CheckpointError, Preempted
 from .core.timeline import Stage
 from .cost.plan import PricedPlan
 from .cost.render import total_lines
@@ -105,7 +105,8 @@ class Trainer:
             ShardError: too many unreadable samples, or a held-out sample is unreadable.
             CheckpointError: a checkpoint cannot be written or does not belong to this run.
         """
-        with self._signals if self.config.efftrain.checkpoint.on_signal else nullcontext():
+        handled = self.config.efftrain.checkpoint.on_signal and not self.measuring
+        with self._signals if handled else nullcontext():
             try:
                 return self._run()
             finally:
@@ -113,10 +114,11 @@ class Trainer:
                 self._close()
 
     def _run(self) -> dict[str, float]:
+        if not self.measuring:
+            self.guard.watch(self.output / "watch")
         resumed = self._resume()
         assert self.logs is not None
         self.logs.open(self.plan, step=self.engine.step_index, resumed=resumed, changes=self._changes)
-        self.guard.watch(self.output / "watch")
         self._show_start(resumed)
         self.engine.train()
         self.chrono.switch("train")
@@ -152,6 +154,7 @@ class Trainer:
         denominator = self._valid_share(micro)
         picture_due = self._due(self.config.efftrain.observe.images_every, step) and run.rank == 0
         magnitude = stage.settings.get("ra_magnitude")
+        loss_sum = torch.zeros_like(self._loss_sum)  # kept where the step is applied, so it is finite
         with self.meter.part("compute"):
             for index, batch in enumerate(micro):
                 shown = batch.images[:6].clone() if picture_due and index == 0 else None
@@ -161,8 +164,7 @@ class Trainer:
                 logits = engine(batch.images)
                 loss = engine.loss(logits.float(), batch, lambda out, b: self._loss(out, b, denominator))
                 engine.backward(loss)
-                # a step that is not finite is not applied; the line shows the mean of the others
-                self._loss_sum += torch.nan_to_num(loss.detach(), 0.0, 0.0, 0.0) / stage.accumulation
+                loss_sum += loss.detach() / stage.accumulation
                 if index + 1 < len(micro):
                     engine.step()
                 if shown is not None:
@@ -171,7 +173,9 @@ class Trainer:
         with self.meter.part("step"):
             engine.step()
         faults.point("step.end")
-        self._loss_steps += 1
+        if engine.was_step_applied():
+            self._loss_sum += loss_sum
+            self._loss_steps += 1
         run.loader.commit(stage.batch)
         self.meter.end(stage.index, stage.batch // run.world)
         self._after_step(step + 1, stage)
@@ -245,15 +249,19 @@ class Trainer:
         """Save and end, as some rank was asked to.
 
         Raises:
-            Preempted: when everything is saved.
+            Preempted: when everything is saved, or saving has failed and the checkpoint before must do.
         """
-        self._save(required=True)
-        self._signals.ignore()
         step = self.engine.step_index
-        self._record("preempted", step=step, seconds=self.saver.seconds)
-        raise Preempted(
-            f"asked to stop: saved at step {step:,} in {self.saver.seconds or 0:.1f} s. Go on with the same command"
-        )
+        try:
+            self._save(required=True)
+            said = f"saved at step {step:,} in {self.saver.seconds or 0:.1f} s"
+        except CheckpointError as error:
+            said = f"the last save failed, so the steps since the one before are lost ({error})"
+        self._signals.ignore()
+        self._record("preempted", step=step, seconds=self.saver.seconds, said=said)
+        resumes = self.config.efftrain.checkpoint.resume
+        how = "Go on with the same command" if resumes else "Go on with efftrain.checkpoint.resume set to true"
+        raise Preempted(f"asked to stop: {said}. {how}")
 
     def _stop_note(self, name: str) -> str:
         about = f" (about {self.saver.seconds:.0f} s)" if self.saver.seconds is not None else ""

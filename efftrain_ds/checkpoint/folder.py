@@ -21,6 +21,7 @@ logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 LATEST = "latest"
+_ASIDE = ".tmp-old-"
 _NAME = re.compile(r"^step-(\d{8,})$")
 
 
@@ -85,11 +86,17 @@ def seal(partial: Path, final: Path, entries: Iterable[dict], *, latest: bool = 
     write_json(partial / MANIFEST, {"format": 1, "files": digests})
     sync_file(partial)
     faults.point("save.before_rename")
-    old = final.parent / f".tmp-old-{final.name}"
+    old = final.parent / f"{_ASIDE}{final.name}"
     if final.exists():
         shutil.rmtree(old, ignore_errors=True)
         final.rename(old)
-    partial.rename(final)
+    try:
+        faults.point("save.replacing")
+        partial.rename(final)
+    except OSError:
+        if old.exists():
+            old.rename(final)
+        raise
     sync_file(final.parent)
     faults.point("save.before_latest")
     if latest:
@@ -135,51 +142,73 @@ def verify(folder: Path) -> dict:
         raise CheckpointError(f"{folder}: no {MANIFEST}, the checkpoint was not completed")
     try:
         manifest = json.loads(path.read_text())
-        files = manifest["files"]
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path}: not a checkpoint manifest ({error})") from error
-    for name, entry in files.items():
+        files = [(name, int(entry["bytes"]), str(entry["sha256"])) for name, entry in manifest["files"].items()]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:  # of whatever kind the damage is
+        raise CheckpointError(f"{path}: not a checkpoint manifest ({type(error).__name__}: {error})") from error
+    for name, size, digest in files:
         file = folder / name
-        if not file.is_file():
-            raise CheckpointError(f"{file}: missing")
-        size = file.stat().st_size
-        if size != entry["bytes"]:
-            raise CheckpointError(f"{file}: {size} bytes, the manifest says {entry['bytes']}")
-        if sha256_of(file) != entry["sha256"]:
-            raise CheckpointError(f"{file}: SHA-256 differs from the manifest, the file is damaged")
+        try:
+            if not file.is_file():
+                raise CheckpointError(f"{file}: missing")
+            found = file.stat().st_size
+            if found != size:
+                raise CheckpointError(f"{file}: {found} bytes, the manifest says {size}")
+            if sha256_of(file) != digest:
+                raise CheckpointError(f"{file}: SHA-256 differs from the manifest, the file is damaged")
+        except OSError as error:
+            raise CheckpointError(f"{file}: cannot be read ({error})") from error
     return manifest
 
 
 def candidates(root: Path) -> list[Path]:
-    """Checkpoint folders of `root`, the one named by ``latest`` first, then newest first."""
-    found = (
-        [p for p in root.iterdir() if p.is_dir() and p.name != "" and (p / MANIFEST).exists()] if root.is_dir() else []
-    )
-    found.sort(key=lambda p: (p.stat().st_mtime_ns, p.name), reverse=True)
-    numbered = [p for p in found if _NAME.match(p.name)]
-    numbered.sort(key=lambda p: int(_NAME.match(p.name).group(1)), reverse=True)  # type: ignore[union-attr]
-    ordered = numbered + [p for p in found if not _NAME.match(p.name)]
-    pointer = root / LATEST
-    if pointer.is_file():
-        name = pointer.read_text().strip()
-        ordered.sort(key=lambda p: p.name != name)
-    return [p for p in ordered if not p.name.startswith(".")]
+    """Sealed checkpoints of `root`, the one named by ``latest`` first, then the newest first, by time of sealing."""
+    found = []
+    for folder in root.iterdir() if root.is_dir() else ():
+        manifest = folder / MANIFEST
+        if not folder.name.startswith(".") and manifest.is_file():
+            found.append((manifest.stat().st_mtime_ns, folder.name, folder))
+    ordered = [folder for _, _, folder in sorted(found, reverse=True)]
+    name = latest_name(root)
+    return sorted(ordered, key=lambda folder: folder.name != name)
+
+
+def latest_name(root: Path) -> str | None:
+    """What ``latest`` says; None where it is missing or not readable."""
+    try:
+        return (root / LATEST).read_text().strip() or None
+    except (OSError, ValueError):
+        return None
+
+
+def recover(root: Path) -> None:
+    """Bring back a checkpoint that was moved aside for another one of its name, which was then never completed."""
+    for old in root.glob(f"{_ASIDE}*"):
+        final = root / old.name[len(_ASIDE) :]
+        if not final.exists():
+            logger.warning("checkpoint %s was being replaced when the run ended; the old one is back", final)
+            old.rename(final)
 
 
 def newest_good(root: Path) -> Path | None:
     """The newest checkpoint that verifies, with one log line for each that does not.
 
     Raises:
-        CheckpointError: there are checkpoints and none of them verifies.
+        CheckpointError: there are, or were, checkpoints and none of them verifies.
     """
-    pointer = root / LATEST
-    named = root / pointer.read_text().strip() if pointer.is_file() else None
-    if named is not None and named.is_dir() and not (named / MANIFEST).exists() and not candidates(root):
-        raise CheckpointError(
-            f"{named}: has no {MANIFEST}; it looks like DeepSpeed's own form, which this version does not read. Load "
-            "it with engine.deepspeed_engine.load_checkpoint, or name another folder"
-        )
     problems = []
+    name = latest_name(root)
+    incomplete = {p for p in root.iterdir() if _NAME.match(p.name) and p.is_dir()} if root.is_dir() else set()
+    if name is not None:
+        incomplete.add(root / name)
+    for folder in sorted(incomplete):
+        if (folder / MANIFEST).is_file():
+            continue
+        if any(folder.glob("*mp_rank_*")) or any(folder.glob("*zero_pp_rank_*")):
+            text = f'{folder}: DeepSpeed\'s own form; load it with load_checkpoint(..., form="deepspeed")'
+        else:
+            text = f"{folder}: " + (f"no {MANIFEST}" if folder.is_dir() else f"named by {LATEST}, but not there")
+        logger.warning("checkpoint passed over: %s", text)
+        problems.append(text)
     for folder in candidates(root):
         try:
             verify(folder)
@@ -196,11 +225,13 @@ def newest_good(root: Path) -> Path | None:
 
 
 def prune(root: Path, keep: int, protect: Iterable[Path] = ()) -> None:
-    """Delete all but the newest `keep` numbered checkpoints, and left-over temporary folders."""
-    numbered = sorted((p for p in root.iterdir() if _NAME.match(p.name)), key=lambda p: p.name, reverse=True)
+    """Delete all but the newest `keep` numbered checkpoints (by time of sealing), and what older saves left behind."""
     guarded = {p.resolve() for p in protect}
+    numbered = [p for p in candidates(root) if _NAME.match(p.name)]
+    numbered.sort(key=lambda p: (p.resolve() not in guarded, -(p / MANIFEST).stat().st_mtime_ns))
     for folder in numbered[keep:]:
         if folder.resolve() not in guarded:
             shutil.rmtree(folder, ignore_errors=True)
-    for folder in root.glob(".tmp-*"):
-        shutil.rmtree(folder, ignore_errors=True)
+    for folder in root.glob(".tmp-step-*"):
+        if folder.name not in {f".tmp-{p.name}" for p in guarded}:
+            shutil.rmtree(folder, ignore_errors=True)

@@ -22,7 +22,7 @@ from ..zero.access import Layout
 from ..zero.checks import text_of
 from ..zero.ema import ShardedEma
 from .background import BackgroundSave
-from .folder import free_space, name_of, newest_good, prune, seal, verify
+from .folder import free_space, name_of, newest_good, prune, recover, seal, verify
 from .plain import from_plain, to_plain
 from .random_state import plain_rng_state, set_plain_rng_state
 from .shards import ShardReader, rank_parts, read_into, read_tensors
@@ -63,6 +63,17 @@ def _named(errors: list[str | None]) -> list[str]:
     return [f"rank {rank}: {text}" for rank, text in enumerate(errors) if text]
 
 
+def agree_on(error: str | None) -> None:
+    """Raise on all ranks what any of them found. Collective.
+
+    Raises:
+        CheckpointError: on all ranks, each with its own text where it has one.
+    """
+    problems = _agree(error)
+    if problems:
+        raise CheckpointError(error if error is not None else problems[0])
+
+
 def _agree(error: str | None) -> list[str]:
     """All ranks' errors, on all ranks."""
     return _named(_gather(error))
@@ -83,6 +94,7 @@ def save(
     keep: int | None = None,
     latest: bool = True,
     background: bool = False,
+    buffers: dict[str, Tensor] | None = None,
 ) -> BackgroundSave | None:
     """Write a checkpoint of a DeepSpeedEngine between two optimizer steps.
 
@@ -96,6 +108,7 @@ def save(
         keep: newest checkpoints to keep; None keeps all.
         latest: point ``latest`` at the new checkpoint.
         background: copy the state in host memory and let threads write it; `finish` tells how it went.
+        buffers: with `background`, host memory of the save before, to be used again; the save before is finished.
 
     Returns:
         What `finish` takes, with `background`.
@@ -126,7 +139,7 @@ def save(
     try:
         parts = _parts(engine, rank, world, step, extra, ema, frozen_values)
         if background:
-            parts = [part.owned() for part in parts]
+            parts = [part.owned({} if buffers is None else buffers) for part in parts]
     except Exception as problem:  # whatever it is, the other ranks must hear of it instead of waiting
         error = text_of(problem)
     gathered = _gather((error, sum(part.nbytes for part in parts)))
@@ -238,10 +251,11 @@ def find(root: str | Path, tag: str | None = None) -> Path | None:
                 verify(Path(root) / tag)
                 answer[0] = str(Path(root) / tag)
             else:
+                recover(Path(root))
                 found = newest_good(Path(root))
                 answer[0] = str(found) if found is not None else None
-        except (CheckpointError, OSError) as error:
-            answer[1] = str(error)
+        except Exception as error:  # whatever it is, the other ranks wait for an answer
+            answer[1] = text_of(error)
     if world > 1:
         dist.broadcast_object_list(answer, src=0)
     if answer[1] is not None:

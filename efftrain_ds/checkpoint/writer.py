@@ -6,11 +6,12 @@ import hashlib
 import json
 import os
 import struct
+from collections import deque
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from ..core import faults
 from ..core.errors import CheckpointError
 
 _BLOCK = 1 << 24
+_AHEAD = 16
 _DTYPES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -52,11 +54,28 @@ class Part:
             return len(self.content.encode())
         return sum(t.numel() * t.element_size() for t in self.content.values())
 
-    def owned(self) -> Part:
-        """A copy in host memory that later training steps do not change."""
+    def owned(self, buffers: dict[str, Tensor]) -> Part:
+        """A copy in host memory that later training steps do not change.
+
+        Args:
+            buffers: memory of an earlier copy, which nobody reads any more; used again where it fits, and kept for the
+                next one. Fresh memory costs more than the copying.
+        """
         if isinstance(self.content, str):
             return self
-        return Part(self.name, {name: t.detach().to("cpu", copy=True) for name, t in self.content.items()})
+        copies = {}
+        for name, tensor in self.content.items():
+            key = f"{self.name}/{name}"
+            kept = buffers.get(key)
+            if kept is None or kept.shape != tensor.shape or kept.dtype != tensor.dtype:
+                kept = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.device.type == "cuda")
+            copies[name] = buffers[key] = kept.copy_(tensor.detach(), non_blocking=True)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        used = {f"{self.name}/{name}" for name in copies}
+        for key in [key for key in buffers if key.startswith(f"{self.name}/") and key not in used]:
+            del buffers[key]
+        return Part(self.name, copies)
 
 
 def write_part(folder: Path, part: Part) -> dict[str, Any]:
@@ -72,21 +91,20 @@ def write_part(folder: Path, part: Part) -> dict[str, Any]:
     digest, size = hashlib.sha256(), 0
     path = folder / part.name
     faults.point("save.rank_file")
-    with path.open("wb") as stream, ThreadPoolExecutor(1) as hasher:
+    hashing: deque[Future[None]] = deque()
+    with ThreadPoolExecutor(1) as hasher, path.open("wb") as stream:
         for block in _blocks(part):
-            job = hasher.submit(digest.update, block)  # hashing and writing both release the interpreter
-            try:
-                _write(stream, block)
-            finally:
-                job.result()
+            # hashing and writing both release the interpreter; what waits to be hashed stays in memory, so not too much
+            hashing.append(hasher.submit(digest.update, block))
+            if len(hashing) > _AHEAD:
+                hashing.popleft().result()
+            stream.write(block)
             size += len(block)
         stream.flush()
         os.fsync(stream.fileno())
+    for job in hashing:
+        job.result()
     return {"name": part.name, "bytes": size, "sha256": digest.hexdigest()}
-
-
-def _write(stream: IO[bytes], block: memoryview | bytes) -> None:
-    stream.write(block)
 
 
 def _blocks(part: Part) -> Iterator[memoryview | bytes]:

@@ -25,6 +25,7 @@ POINTS = (
     "save.rank_file",
     "save.before_manifest",
     "save.before_rename",
+    "save.replacing",
     "save.before_latest",
     "save.end",
     "load.begin",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -11,6 +12,8 @@ from typing import Any
 
 import numpy as np
 import torch
+
+logger = logging.getLogger(__name__)
 
 
 def plain(value: Any) -> Any:
@@ -46,6 +49,7 @@ class Journal:
         self.path = Path(path)
         self._clock = clock
         self._file = None
+        self._complained = False
         if enabled:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._end_torn_line()
@@ -65,8 +69,13 @@ class Journal:
         if self._file is None:
             return
         line = {"time": round(self._clock(), 3), "step": plain(step), "event": event, **plain(data)}
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
+        try:
+            self._file.write(json.dumps(line) + "\n")
+            self._file.flush()
+        except OSError as error:  # a full disk must not end the run that could still be saved elsewhere, or later
+            if not self._complained:
+                logger.warning("%s: events are lost: %s", self.path, error)
+            self._complained = True
 
     def resume(self, step: int, **data: Any) -> None:
         """Note that the run goes on from `step`; lines above with a larger step belong to work that was lost."""
@@ -75,7 +84,10 @@ class Journal:
     def close(self) -> None:
         """Close the file; further writes do nothing."""
         if self._file is not None:
-            self._file.close()
+            try:
+                self._file.close()
+            except OSError as error:
+                logger.warning("%s: %s", self.path, error)
             self._file = None
 
 

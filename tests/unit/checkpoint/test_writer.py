@@ -52,11 +52,18 @@ def test_types_without_a_name_are_refused(tmp_path):
 def test_owned_parts_do_not_follow_the_training(tmp_path):
     live = torch.ones(3)
     part = Part("a.safetensors", {"x": live})
-    copy = part.owned()
+    buffers = {}
+    copy = part.owned(buffers)
     live.zero_()
     write_part(tmp_path, copy)
     assert load_file(str(tmp_path / "a.safetensors"))["x"].tolist() == [1, 1, 1]
     assert part.nbytes == copy.nbytes == 12
+    again = part.owned(buffers)
+    assert again.content["x"].data_ptr() == copy.content["x"].data_ptr()  # the same memory, for the next save
+    assert again.content["x"].tolist() == [0, 0, 0]
+    other = Part("a.safetensors", {"y": torch.ones(5)}).owned(buffers)
+    assert other.content["y"].tolist() == [1] * 5
+    assert list(buffers) == ["a.safetensors/y"]
 
 
 def test_space_is_looked_at_before_writing(tmp_path, monkeypatch):

@@ -64,7 +64,6 @@ def test_nothing_changed():
         ("efftrain.data.resolution", 64),
         ("efftrain.optim.warmup", "10%"),
         ("optimizer.params.lr", 1e-4),
-        ("train_batch_size", 20),
     ],
 )
 def test_refused(path, value):
