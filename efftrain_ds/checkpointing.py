@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ class Checkpointing:
     context: Context
     methods: list[Method]
     ema: ShardedEma | None
+    guard: Any
     rebuilder: Rebuilder | None
     rebuilds: list[dict[str, Any]]
     _original: nn.Module | None
@@ -182,13 +184,27 @@ class Checkpointing:
         _check_form(form)
         if self._in_flight:
             raise CheckpointError("a checkpoint can be saved only between optimizer steps (accumulation is in flight)")
+        with self.guard.phase("checkpoint") if self.guard is not None else nullcontext():
+            self._save(save_dir, tag, client_state, save_latest, keep, background, form)
+        return True
+
+    def _save(
+        self,
+        save_dir: str | Path,
+        tag: str | None,
+        client_state: dict[str, Any] | None,
+        save_latest: bool,
+        keep: int | None,
+        background: bool,
+        form: str,
+    ) -> None:
         problem = self._finished()
         extra = {"efftrain": self.efftrain_state(), "client": client_state or {}}
         if form == "deepspeed":
             native.save(self.deepspeed_engine, save_dir, tag, extra, latest=save_latest)
             if problem is not None:
                 raise problem
-            return True
+            return
         self._saving = store.save(
             self.deepspeed_engine,
             save_dir,
@@ -205,7 +221,6 @@ class Checkpointing:
             self._buffers.clear()
         if problem is not None:
             raise problem
-        return True
 
     def _finished(self) -> CheckpointError | None:
         """Wait for a save in the background; what went wrong with it."""

@@ -201,6 +201,8 @@ class EfficientEngine(Checkpointing):
         ctx.stage = stage
         faults.point("stage.enter")
         self._run_requests(method.on_stage_enter(ctx, stage) for method in self._hooks["on_stage_enter"])
+        if self.guard is not None:
+            self.guard.expect_compilation()
         if self._owns_batch:
             access.set_batch(self.deepspeed_engine, stage.micro_batch, stage.accumulation)
         ctx.record(

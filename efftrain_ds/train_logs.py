@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from .config.loader import LoadedConfig
 from .core.errors import ConfigError
+from .core.redact import redacted
 from .cost.plan import PricedPlan
 from .observe.environment import environment
 from .observe.journal import Journal
@@ -56,7 +57,7 @@ class RunLogs:
         """
         document = json.dumps(self.config.resolved(), indent=1)
         problem = None
-        facts: dict[str, Any] = {"argv": sys.argv, "torch": torch.__version__, "world": self.world}
+        facts: dict[str, Any] = {"argv": redacted(sys.argv), "torch": torch.__version__, "world": self.world}
         try:
             if self._enabled:
                 self.output.mkdir(parents=True, exist_ok=True)
@@ -82,12 +83,13 @@ class RunLogs:
         self.board = Boards(boards)
         if self._enabled:
             self.board.text("plan", json.dumps(plan.to_dict(), indent=1), step)
-            self.board.text("config", document, step)
+            self.board.text("config", redacted(document), step)
 
     def _wandb(self, settings: dict[str, Any], resumed: bool) -> WandB | None:
         found, problem = None, None
         try:
-            found = WandB(self.output, **settings, config=self.config.resolved(), rank=self.rank, resumed=resumed)
+            shown = redacted(self.config.resolved())
+            found = WandB(self.output, **settings, config=shown, rank=self.rank, resumed=resumed)
         except Exception as error:  # wandb has many of its own
             problem = str(error)
         self._same_for_all(problem)

@@ -149,7 +149,7 @@ class Trainer:
         stage = engine.context.stage
         assert stage is not None
         self._announce(stage)
-        with self.meter.part("data"):
+        with self.meter.part("data"), self.guard.phase("data"):  # a remote shard may take minutes
             micro = [next(batches).to(run.device) for _ in range(stage.accumulation)]
         denominator = self._valid_share(micro)
         picture_due = self._due(self.config.efftrain.observe.images_every, step) and run.rank == 0
@@ -240,7 +240,7 @@ class Trainer:
         }
 
     def _save(self, *, required: bool = False) -> None:
-        with self.chrono.during("checkpoint"), self.guard.phase("checkpoint"):
+        with self.chrono.during("checkpoint"):
             saved = self.saver.save(required=required)
         if saved and self.logs is not None:
             self.logs.scalars({"ckpt/save_s": self.saver.seconds or 0.0}, self.engine.step_index)

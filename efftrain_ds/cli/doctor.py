@@ -8,6 +8,7 @@ import os
 import time
 from typing import Any
 
+from ..core.redact import redacted
 from .args import add_set_argument
 from .screen import mark, on_terminal, wrapped
 
@@ -68,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
         "checks": [asdict(check) for check in found],
         "environment": environment(),
     }
-    print(json.dumps(document, indent=1))
+    print(json.dumps(redacted(document), indent=1))
     return 0 if good else 2
 
 

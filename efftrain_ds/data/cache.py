@@ -17,6 +17,7 @@ import os
 import random
 import threading
 import time
+import uuid
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -180,7 +181,7 @@ class ShardCache:
         Raises:
             ShardLost: it could not be had after all tries.
         """
-        partial = target.with_name(f"{target.name}.{os.getpid()}.partial")
+        partial = target.with_name(f"{target.name}.{uuid.uuid4().hex[:12]}.partial")
 
         def once() -> None:
             self.remote.fetch(name, partial)

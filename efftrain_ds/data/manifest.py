@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import re
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -30,6 +32,9 @@ ROW = np.dtype(
         ("height", "<u2"),
     ]
 )
+
+
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
@@ -172,6 +177,14 @@ def load_manifest(where: str | Path) -> Manifest:
         )
     except (KeyError, TypeError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ShardError(f"{path}: not a shard manifest ({type(error).__name__}: {error})") from error
+    for shard in manifest.shards:
+        sound = isinstance(shard.name, str) and shard.name == os.path.basename(shard.name) not in ("", ".", "..")
+        counts = all(isinstance(v, int) and v >= 0 for v in (shard.n, shard.bytes))
+        if not (sound and counts and isinstance(shard.sha256, str) and _SHA256.fullmatch(shard.sha256)):
+            raise ShardError(
+                f"{path}: shard {shard.name!r}: needed are a plain file name, counts of bytes and samples, and a "
+                "SHA-256 of 64 hex digits"
+            )
     total = sum(s.n for s in manifest.shards)
     if total != manifest.samples:
         raise ShardError(f"{path}: the shards hold {total} samples, the manifest says {manifest.samples}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import tempfile
 import threading
 from collections.abc import Callable
 from dataclasses import replace
@@ -67,8 +68,8 @@ def _fetch_manifest(remote: RemoteFolder, cache: ShardCache) -> Manifest:
     url = hashlib.sha256(remote.url.encode()).hexdigest()[:16]
     sets = cache.root / "sets"
     try:
-        arriving = sets / f"{url}.{os.getpid()}.new"
-        arriving.mkdir(parents=True, exist_ok=True)
+        sets.mkdir(parents=True, exist_ok=True)
+        arriving = Path(tempfile.mkdtemp(prefix=f"{url}.", suffix=".new", dir=sets))  # hosts may share the folder
         try:
             cache.fetch_file(MANIFEST, arriving / MANIFEST, _retried(load_manifest))
             manifest = load_manifest(arriving)

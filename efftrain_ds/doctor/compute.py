@@ -8,6 +8,7 @@ import os
 import pkgutil
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -63,7 +64,7 @@ def triton(setup: Setup) -> Check:
 
     why = doubled()
     if why is not None:
-        return Check("Triton", FAIL, f"{version}: {why}", "a C compiler and the CUDA driver's libcuda are needed")
+        return Check("Triton", WARN, f"{version}: {why}", "a C compiler and the CUDA driver's libcuda are needed")
     return Check("Triton", OK, f"{version}, compiles and runs")
 
 
@@ -97,7 +98,9 @@ def compiler(setup: Setup) -> Check:
     """What DeepSpeed needs to compile its operations."""
     wanted = os.environ.get("CXX") or "c++"
     found = shutil.which(wanted) or shutil.which("g++")
-    ninja = shutil.which("ninja")
+    ninja = shutil.which("ninja") or shutil.which("ninja", path=str(Path(sys.executable).parent))
+    if ninja is None and not _wanted(setup):
+        return Check("compiler", WARN, "no ninja; nothing of this configuration needs it", "pip install ninja")
     if ninja is None:
         where = "installed, but its folder is not on PATH" if installed("ninja") else "not installed"
         fix = "activate the environment (source .venv/bin/activate)" if installed("ninja") else "pip install ninja"
@@ -117,15 +120,15 @@ def compiler(setup: Setup) -> Check:
 def extensions(setup: Setup) -> Check:
     """Operations of DeepSpeed that are compiled, and those that the first run would compile."""
     root = extensions_root()
-    folder = next((p for p in (root, *root.parents) if p.exists()), Path("/"))
-    if not os.access(folder, os.W_OK):
-        return Check(
-            "extensions", FAIL, f"{root} cannot be written", "set TORCH_EXTENSIONS_DIR to a folder of your own"
-        )
     wanted = _wanted(setup)
     missing = [name for name in wanted if not _built(name)]
     built = [name for name in wanted if name not in missing]
     text = f"compiled: {', '.join(built) or 'none'} ({root})"
+    folder = next((p for p in (root, *root.parents) if p.exists()), Path("/"))
+    if missing and not os.access(folder, os.W_OK):
+        return Check(
+            "extensions", FAIL, f"{root} cannot be written", "set TORCH_EXTENSIONS_DIR to a folder of your own"
+        )
     if missing:
         option = " --optimizers" if any("adam" in name for name in missing) else ""
         text = f"not compiled yet: {', '.join(missing)} (in {root}); the first run does it, 1 to 3 minutes"

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint.reader import Checkpoint
+from ..core.redact import redacted
 from ..core.text import duration_text
 from ..observe.journal import read_journal
 
@@ -52,13 +53,15 @@ class RunFacts:
 def run_facts(found: Checkpoint, *, average: bool) -> RunFacts:
     """Read the journal and the plan beside a checkpoint; what is missing or damaged is left out."""
     run = found.folder.resolve().parent.parent
-    config = found.config or {}
+    config = redacted(found.config or {})
     section = config.get("efftrain") or {}
     data = section.get("data") or {}
     events = list(read_journal(run / JOURNAL)) if (run / JOURNAL).is_file() else []
     key = "ema_top1" if average else "top1"
     scores = [e[key] for e in events if e.get("event") == "eval" and e.get("step") == found.step and key in e]
-    commands = [_command(e["argv"]) for e in events if e.get("event") in ("start", "resume") and e.get("argv")]
+    commands = [
+        _command(redacted(e["argv"])) for e in events if e.get("event") in ("start", "resume") and e.get("argv")
+    ]
     plan = _plan(run / PLAN)
     seconds = (found.client.get("chrono") or {}).get("train")
     return RunFacts(

@@ -20,7 +20,7 @@ from torch import Tensor
 from ..core.batch import Batch
 from ..core.errors import DivergenceError
 from ..core.method import Method
-from ..zero.skip import scales_loss, skipped_step, sum_is_finite, unchecked_gradients
+from ..zero.skip import scale_is_exhausted, scales_loss, skipped_step, sum_is_finite, unchecked_gradients
 from .buffers import BufferKeeper
 from .nonfinite import Finding, Watch
 from .replay import write_replay
@@ -114,6 +114,10 @@ class Guard:
         """Tell the watchdog, where one is on, that the code inside is of another phase ("evaluation", "checkpoint")."""
         return self.watchdog.during(name) if self.watchdog is not None else nullcontext()
 
+    def expect_compilation(self) -> None:
+        """The next step may take as long as a first one (another input size, another depth)."""
+        self._fresh = True
+
     def close(self) -> None:
         """Stop the watchdog and take the hooks off."""
         if self.watchdog is not None:
@@ -199,7 +203,7 @@ class Guard:
             self.watchdog.beat("first step" if self._fresh else "train", ctx.step)
         flag = watch.flag() if watch is not None else None
         if self.nonfinite:
-            grads = unchecked_gradients(engine)
+            grads = [] if scales_loss(engine) else unchecked_gradients(engine)
             if grads:
                 bad = ~sum_is_finite(grads)
                 flag = bad if flag is None else flag | bad
@@ -226,7 +230,8 @@ class Guard:
         if self.watchdog is not None:
             self.watchdog.beat("train", ctx.step)
         if self.nonfinite:
-            skipped_by_deepspeed = not applied and not scales_loss(self._engine.deepspeed_engine)
+            engine = self._engine.deepspeed_engine
+            skipped_by_deepspeed = not applied and (not scales_loss(engine) or scale_is_exhausted(engine))
             if self._refused or skipped_by_deepspeed:
                 self._tell()
             elif applied:

@@ -105,7 +105,8 @@ class Watch:
         def look(grad: Tensor) -> None:
             self._fired.append(index)
             values = grad._values() if grad.is_sparse else grad
-            torch.sum(values.detach(), dim=None, dtype=torch.float32, out=self._now[index])
+            # added, not written: a second backward pass before the step must not wipe out what the first one showed
+            self._now[index].add_(values.detach().sum(dtype=torch.float32))
 
         return look
 
@@ -124,7 +125,7 @@ class Watch:
     def advance(self, loss: Tensor | None = None) -> None:
         """End of a micro-batch's backward pass."""
         if loss is not None:
-            self._now[-1].copy_(loss.detach(), non_blocking=True)
+            self._now[-1].copy_(loss.detach().reshape(()), non_blocking=True)
         self._order, self._fired = self._fired or self._order, []
         self._let_go()
         self._row += 1

@@ -30,7 +30,7 @@ from ..core.errors import STALL_EXIT_CODE
 
 logger = logging.getLogger(__name__)
 
-SCALES: Mapping[str, float] = {"start": 5.0, "first step": 5.0, "stage change": 5.0, "checkpoint": 3.0}
+SCALES: Mapping[str, float] = {"start": 5.0, "first step": 5.0, "stage change": 5.0, "checkpoint": 3.0, "data": 5.0}
 """Phases that cannot report in between may take this many times `stall_s`; all others take 1."""
 
 _MARKER = "stall.json"

@@ -106,7 +106,16 @@ def scales_loss(engine: Any) -> bool:
         getattr(engine, "torch_autocast_z0_gradscaler", None),
         getattr(engine.optimizer, "torch_autocast_gradscaler", None),
     )
-    return bool(engine.fp16_enabled()) or any(scaler is not None for scaler in scalers)
+    if any(scaler is not None for scaler in scalers):
+        return True
+    return bool(engine.fp16_enabled()) and bool(engine.dynamic_loss_scale())
+
+
+def scale_is_exhausted(engine: Any) -> bool:
+    """True where the loss scale stands at its minimum, so that a skipped step is no search any more."""
+    scaler = getattr(engine.optimizer, "loss_scaler", None) or getattr(engine.optimizer, "loss_scale_config", None)
+    scale, least = getattr(scaler, "cur_scale", None), getattr(scaler, "min_scale", None)
+    return scale is not None and least is not None and scale <= least
 
 
 def unchecked_gradients(engine: Any) -> list[Tensor]:

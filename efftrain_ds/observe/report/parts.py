@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+from contextlib import suppress
 from itertools import chain
 from typing import Any
 
@@ -235,6 +236,8 @@ def pictures(run: RunData) -> str:
     found = []
     for path in sorted((run.folder / "pictures").glob("*.png")):
         step = finite(path.stem.rpartition("-")[2])
+        if path.is_symlink():  # a page that is handed on must not carry files from elsewhere
+            continue
         if path.stat().st_mtime >= newest and (step is None or step <= max(run.steps_done, 0)):
             found.append((path, step))
     if len(found) > _PICTURES:
@@ -328,10 +331,13 @@ def configuration(run: RunData) -> str:
     """The resolved configuration, the plan and the folder's files, folded away."""
     files = []
     for path in sorted(run.folder.iterdir()):
-        if path.is_dir():
+        if path.is_symlink():
+            files.append(f"{path.name}  link")
+        elif path.is_dir():
             files.append(f"{path.name}/  {sum(1 for p in path.iterdir())} entries")
         else:
-            files.append(f"{path.name}  {bytes_text(path.stat().st_size)}")
+            with suppress(OSError):  # a run in progress replaces files
+                files.append(f"{path.name}  {bytes_text(path.stat().st_size)}")
     return (
         html.folded("resolved configuration (config.json)", json.dumps(run.config, indent=1) if run.config else "")
         + html.folded("plan (plan.json)", json.dumps(run.plan, indent=1) if run.plan else "")

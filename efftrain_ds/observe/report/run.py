@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from ...core.errors import ConfigError
+from ...core.redact import redacted
 from ..journal import read_journal
 from .history import Event, Session, finite, history, split_sessions, step_of
 from .stages import StageRow, cost_points, stage_rows
@@ -149,7 +150,7 @@ def read_run(folder: str | Path, name: str | None = None) -> RunData:
     journal = folder / JOURNAL
     try:
         # a line without a name is no event
-        lines = read_journal(journal) if journal.is_file() else ()
+        lines = map(redacted, read_journal(journal)) if journal.is_file() else ()
         events = [line for line in lines if isinstance(line.get("event"), str)]
     except OSError as error:
         raise ConfigError(f"{journal} cannot be read: {error}") from error
@@ -186,6 +187,6 @@ def _json(path: Path, notes: list[str]) -> dict[str, Any]:
         notes.append(f"{path.name} could not be read ({error})")
     else:
         if isinstance(found, dict):
-            return found
+            return redacted(found)
         notes.append(f"{path.name} does not hold an object")
     return {}

@@ -87,6 +87,8 @@ def _left_behind(folder: Path, most: int = 8000) -> list[tuple[str, float, str]]
     found = []
     for pattern in ("watch/stall.json", "watch/stall.rank*.txt", "stall.rank*.txt", "crash.rank*.txt", "faults/*"):
         for path in sorted(folder.glob(pattern)):
+            if path.is_symlink():  # a page that is handed on must not carry files from elsewhere
+                continue
             try:
                 size, moment = path.stat().st_size, path.stat().st_mtime
                 text = f"{bytes_text(size)}, {path}"

@@ -183,6 +183,7 @@ def test_compiler_and_ninja(setup: Any, tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setenv("PATH", str(programs))
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "ext"))
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "elsewhere" / "python"))  # training looks beside it
     found = by_name(setup(), "compiler")["compiler"]
     assert found.status == FAIL
     assert "ninja: installed, but its folder is not on PATH" in found.text

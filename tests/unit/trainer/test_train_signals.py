@@ -32,11 +32,22 @@ def test_after_saving_signals_do_nothing():
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def test_what_a_launcher_passes_on_at_once_is_the_same_request():
+    asked = []
+    with StopSignals(lambda: asked.append(1), str) as signals:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert signals.count == 2
+    assert asked == [1]
+
+
 def test_second_signal_ends_at_once():
     code = (
         "import os, signal\n"
+        "from efftrain_ds import train_signals\n"
         "from efftrain_ds.train_signals import StopSignals\n"
         "with StopSignals(lambda: None, str):\n"
+        "    train_signals.PATIENCE_S = 0\n"
         "    os.kill(os.getpid(), signal.SIGINT)\n"
         "    os.kill(os.getpid(), signal.SIGTERM)\n"
         "    print('still here')\n"
