@@ -217,8 +217,6 @@ class Checkpointing:
             background=background,
             buffers=self._buffers,
         )
-        if not background:
-            self._buffers.clear()
         if problem is not None:
             raise problem
 
