@@ -46,6 +46,18 @@ def test_any_stage_and_world_loads(ranks, tmp_path):
             assert result["steps"] == [3.0]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_every_stage_loads_at_every_stage_and_world(ranks, tmp_path, world):
+    for source in STAGES:
+        folder = str(tmp_path / str(source))
+        saved = ranks(jobs.save_job, folder, source, "fp32")[0]
+        for target in STAGES:
+            for result in ranks(jobs.load_job, folder, target, "fp32", world=world):
+                assert result["state"] == saved, (source, target, world)
+                assert result["stale"] == []
+
+
 def test_low_precision_weights_follow_masters_after_load(ranks, tmp_path):
     saved = ranks(jobs.save_job, str(tmp_path), 3, "bf16")[0]
     for target in (0, 1, 3):

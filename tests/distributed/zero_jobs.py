@@ -298,6 +298,7 @@ def guard_job(folder: str) -> dict:
     native = Path(folder) / "native"
     if dist.get_rank() == 0:
         (native / "global_step7").mkdir(parents=True)
+        (native / "global_step7" / "mp_rank_00_model_states.pt").write_bytes(b"pickle")
         (native / "latest").write_text("global_step7")
     dist.barrier()
     try:
