@@ -75,7 +75,8 @@ def test_identity_of_other_configurations(ranks, stage, dtype, extra):
 
 
 @pytest.mark.parametrize(
-    ("stage", "dtype"), [(2, "fp32"), pytest.param(3, "bf16", marks=slow), pytest.param(1, "bf16", marks=slow)]
+    ("stage", "dtype"),
+    [pytest.param(stage, dtype, marks=slow) for stage, dtype in [(2, "fp32"), (3, "bf16"), (1, "bf16")]],
 )
 def test_identity_on_three_ranks(ranks, stage, dtype):
     for result in ranks(jobs.identity_job, stage, dtype, {}, world=3):

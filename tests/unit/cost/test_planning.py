@@ -110,7 +110,7 @@ def test_conv_net_and_a_model_of_one_size() -> None:
 
 def write_manifest(folder: Path, samples: int) -> None:
     folder.mkdir()
-    Manifest(folder, "train", ("a", "b", "c"), (Shard("0.tar", 1, "0", samples),), samples, "0").write()
+    Manifest(folder, "train", ("a", "b", "c"), (Shard("0.tar", 1, "0" * 64, samples),), samples, "0").write()
 
 
 def test_where_samples_and_classes_come_from(tmp_path: Path) -> None:

@@ -207,7 +207,7 @@ def test_a_plan_is_made_from_the_remote_manifest(server, tmp_path):
     ],
 )
 def test_a_transfer_that_fails_is_repeated(server, open_remote, tmp_path, faults, cause, caplog):
-    manifest = open_remote(stall_s=0.3)
+    manifest = open_remote(stall_s=2.0)  # a busy machine must not look like a server that stalls
     shard = manifest.shards[2]
     server.faults[shard.name].extend(faults)
     with caplog.at_level("WARNING"):
