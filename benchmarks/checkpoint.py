@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shutil
 import statistics
 import subprocess
@@ -21,7 +20,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from common import ROOT, spread, store
+from common import ROOT, launcher, own_environment, spread, store
 
 KINDS = ("deepspeed", "synchronous", "background")
 
@@ -118,20 +117,16 @@ def main() -> None:
         return
     import torch
 
-    gpus = torch.cuda.device_count()
-    ranks = min(args.ranks, gpus) if gpus else args.ranks
-    launcher = [str(Path(sys.executable).parent / "deepspeed"), "--num_gpus" if gpus else "--num_accelerators"]
-    env = {"TORCH_EXTENSIONS_DIR": str(ROOT / ".torch_extensions"), **os.environ}
-    env["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{env.get('PATH', '')}"
+    ranks = min(args.ranks, torch.cuda.device_count() or args.ranks)
     print("| stage | MB (DeepSpeed / ours) | step s | pause s: DeepSpeed | ours | background | durable s: ours |")
     print("|---|---|---|---|---|---|---|")
     cases = []
     for stage in args.stages:
         with tempfile.TemporaryDirectory(dir=ROOT) as scratch:
             out = Path(scratch) / "result.json"
-            command = [*launcher, str(ranks), str(Path(__file__)), "--worker", str(stage), scratch, str(out)]
+            command = [*launcher(ranks), str(Path(__file__)), "--worker", str(stage), scratch, str(out)]
             command += ["--model", args.model, "--rounds", str(args.rounds)]
-            done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+            done = subprocess.run(command, cwd=ROOT, env=own_environment(), capture_output=True, text=True)
             if done.returncode:
                 raise SystemExit(done.stdout[-2000:] + done.stderr[-3000:])
             found = {"stage": stage, **json.loads(out.read_text())}

@@ -7,6 +7,7 @@ import json
 import os
 import socket
 import statistics
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,19 @@ def environment() -> dict[str, Any]:
         "deepspeed": deepspeed.__version__,
         "date": datetime.date.today().isoformat(),
     }
+
+
+def launcher(ranks: int) -> list[str]:
+    """DeepSpeed's launcher of this environment for `ranks` processes on this machine, on GPUs where there are any."""
+    gpus = torch.cuda.device_count()
+    count = ["--num_gpus", str(min(ranks, gpus))] if gpus else ["--num_accelerators", str(ranks)]
+    return [str(Path(sys.executable).parent / "deepspeed"), *count, "--master_port", str(free_port())]
+
+
+def own_environment() -> dict[str, str]:
+    """Environment of processes that are started: this environment's tools first, compiled extensions in one place."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+    return {"TORCH_EXTENSIONS_DIR": str(ROOT / ".torch_extensions"), **os.environ, "PATH": path}
 
 
 def free_port() -> int:

@@ -17,23 +17,14 @@ import tempfile
 import time
 from pathlib import Path
 
-from common import ROOT, free_port, spread, store
+from common import ROOT, launcher, spread, store
 
 from efftrain_ds.observe.journal import read_journal
 
 
 def run(config: str, ranks: int, folder: Path, overrides: list[str]) -> dict:
     """One training in processes of its own; returns seconds, accuracy and the evaluations on the way."""
-    command = [str(Path(sys.executable).parent / "deepspeed"), "--num_accelerators", str(ranks)]
-    command += [
-        "--master_port",
-        str(free_port()),
-        "launch/train.py",
-        "--ds_config",
-        config,
-        "--set",
-        f"efftrain.run.output={folder}",
-    ]
+    command = [*launcher(ranks), "launch/train.py", "--ds_config", config, "--set", f"efftrain.run.output={folder}"]
     for text in overrides:
         command += ["--set", text]
     start = time.monotonic()

@@ -17,7 +17,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from common import ROOT, spread, store
+from common import ROOT, free_port, launcher, own_environment, spread, store
 
 CONFIG = {
     "train_micro_batch_size_per_gpu": 16,
@@ -87,7 +87,6 @@ def worker(rounds: int, steps: int, out: str) -> None:
 
 def start_up(package: str) -> float:
     """Seconds from an empty process to a ready engine, imports included."""
-    from tests.pool import free_port
 
     env = {**os.environ, "RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
     env["MASTER_PORT"] = str(free_port())
@@ -113,10 +112,9 @@ def main() -> None:
     sys.path.insert(0, str(ROOT))
     with tempfile.TemporaryDirectory() as scratch:
         out = Path(scratch) / "times.json"
-        launcher = str(Path(sys.executable).parent / "deepspeed")
-        command = [launcher, "--num_accelerators", str(args.ranks), str(Path(__file__)), "--worker", str(out)]
+        command = [*launcher(args.ranks), str(Path(__file__)), "--worker", str(out)]
         command += ["--rounds", str(args.rounds), "--steps", str(args.steps)]
-        subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+        subprocess.run(command, cwd=ROOT, env=own_environment(), check=True, capture_output=True)
         times = json.loads(out.read_text())
     ratios = [ours / plain for ours, plain in zip(times["efftrain"], times["plain"], strict=True)]
     starts: dict[str, list[float]] = {"deepspeed": [], "efftrain_ds": []}

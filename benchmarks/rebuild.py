@@ -25,7 +25,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from common import ROOT, store
+from common import ROOT, launcher, own_environment, store
 
 MODELS = ["vit_small_patch16_224", "vit_base_patch16_224"]
 
@@ -200,14 +200,8 @@ def main() -> None:
         return
     import torch
 
-    gpus = torch.cuda.device_count()
-    ranks = min(args.ranks, gpus) if gpus else args.ranks
-    launcher = [
-        str(Path(sys.executable).parent / "deepspeed"),
-        "--num_gpus" if gpus else "--num_accelerators",
-        str(ranks),
-    ]
-    env = {"TORCH_EXTENSIONS_DIR": str(ROOT / ".torch_extensions"), **os.environ}
+    ranks = min(args.ranks, torch.cuda.device_count() or args.ranks)
+    env = own_environment()
     env.setdefault("MALLOC_MMAP_THRESHOLD_", str(1 << 20))
     cases, load = [], os.getloadavg()[0]
     head = "| model | stage | old state | rebuild | seconds (plan/teardown/create/restore) | in steps | extra MiB "
@@ -217,7 +211,15 @@ def main() -> None:
             for keep in (True, False):
                 with tempfile.TemporaryDirectory() as scratch:
                     out = Path(scratch) / "result.json"
-                    command = [*launcher, str(Path(__file__)), "--worker", name, str(stage), str(int(keep)), str(out)]
+                    command = [
+                        *launcher(ranks),
+                        str(Path(__file__)),
+                        "--worker",
+                        name,
+                        str(stage),
+                        str(int(keep)),
+                        str(out),
+                    ]
                     command += ["--micro_batch", str(args.micro_batch), "--steps", str(args.steps)]
                     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
                     if done.returncode:

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from .checkpoint import native, store
 from .checkpoint.background import BackgroundSave
 from .core.context import Context
-from .core.errors import CheckpointError, RebuildError
+from .core.errors import CheckpointError
 from .core.method import Method
+from .core.ranks import agree, text_of
 from .zero.blueprint import copy_blueprint, digest
-from .zero.checks import agree, text_of
 from .zero.ema import ShardedEma
 from .zero.groups import BIRTH
 from .zero.rebuild import Rebuilder
@@ -94,10 +94,7 @@ class Checkpointing:
                 self._shaped(found, path)
         except Exception as error:
             problem = text_of(error)
-        try:
-            agree(problem, str(path))
-        except RebuildError as error:
-            raise CheckpointError(problem or str(error)) from error
+        agree(problem, CheckpointError)
         return found
 
     def _shaped(self, saved: dict[str, Any], path: Path) -> nn.Module:
@@ -280,6 +277,20 @@ class Checkpointing:
         if path is None:
             return None, None
         full = load_optimizer_states and not load_module_only
+        scheduler = load_lr_scheduler_states and not load_module_only
+        return str(path), self.load_verified(path, full=full, scheduler=scheduler)
+
+    def load_verified(self, path: Path, *, full: bool = True, scheduler: bool = True) -> dict[str, Any]:
+        """Load a checkpoint folder whose hashes were checked just now (`store.find`); its client state. Collective.
+
+        Args:
+            path: the folder.
+            full: load moments, counters and the methods' state too.
+            scheduler: load the scheduler.
+
+        Raises:
+            CheckpointError: of another model.
+        """
         if full and self.rebuilder is not None:
             self._adopt_architecture(self._saved_architecture(path), path)
         loaded = store.load(
@@ -288,7 +299,7 @@ class Checkpointing:
             ema=self.ema,
             optimizer_state=full,
             check=self._check_state if full else None,
-            scheduler_state=load_lr_scheduler_states and not load_module_only,
+            scheduler_state=scheduler,
         )
         if full:
             self.load_efftrain_state(loaded.extra["efftrain"])
@@ -296,7 +307,7 @@ class Checkpointing:
             if self.rebuilder is not None:
                 for method in self.methods:
                     method.on_rebuilt(self.context)
-        return str(path), loaded.extra["client"]
+        return loaded.extra["client"]
 
     def _load_native(self, load_dir: str | Path, tag: str | None, full: bool) -> tuple[str | None, dict | None]:
         path, extra = native.load(self.deepspeed_engine, load_dir, tag, full=full)

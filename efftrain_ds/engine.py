@@ -22,12 +22,13 @@ from .core.batch import Batch
 from .core.context import Context
 from .core.errors import ConfigError, EffTrainError, NoEffectWarning, RebuildError
 from .core.method import Method
+from .core.ranks import agree, text_of
 from .core.timeline import Schedule, Stage
 from .guards.guard import Guard
 from .zero import access
 from .zero.blueprint import copy_blueprint, digest
 from .zero.bundle import rng_state, set_rng_state
-from .zero.checks import agree, agree_equal, text_of
+from .zero.checks import agree_equal
 from .zero.ema import ShardedEma
 from .zero.rebuild import Rebuilder, Report
 from .zero.request import RebuildRequest, compose_requests
@@ -297,10 +298,10 @@ class EfficientEngine(Checkpointing):
         if self.rebuilder is not None:
             what = "asking for a change of parameters"
             if problem is None or not isinstance(problem, EffTrainError):
-                agree(text_of(problem) if problem is not None else None, what)
+                agree(text_of(problem) if problem is not None else None, RebuildError, what)
             else:
                 try:
-                    agree(text_of(problem), what)
+                    agree(text_of(problem), RebuildError, what)
                 except RebuildError as error:
                     raise problem from error  # its own kind says more
             agree_equal(str(combined is not None), what)

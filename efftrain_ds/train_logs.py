@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from .config.loader import LoadedConfig
 from .core.errors import ConfigError
+from .core.ranks import agree
 from .core.redact import redacted
 from .cost.plan import PricedPlan
 from .observe.environment import environment
@@ -67,7 +67,7 @@ class RunLogs:
             self.journal = Journal(self.output / "journal.jsonl", enabled=self._enabled)
         except OSError as error:
             problem = f"efftrain.run.output: {self.output} cannot be written ({error})"
-        self._same_for_all(problem)
+        agree(problem, ConfigError)
         assert self.journal is not None
         if resumed is not None:
             self.journal.resume(step, checkpoint=resumed, changes=changes, **facts)
@@ -92,18 +92,8 @@ class RunLogs:
             found = WandB(self.output, **settings, config=shown, rank=self.rank, resumed=resumed)
         except Exception as error:  # wandb has many of its own
             problem = str(error)
-        self._same_for_all(problem)
+        agree(problem, ConfigError)
         return found
-
-    def _same_for_all(self, problem: str | None) -> None:
-        """Raise on all ranks what any of them found."""
-        found: list[str | None] = [problem]
-        if self.world > 1:
-            found = [None] * self.world
-            dist.all_gather_object(found, problem)
-        text = next((text for text in found if text), None)
-        if text is not None:
-            raise ConfigError(text)
 
     def record(self, event: str, *, step: int, **data: Any) -> None:
         """Write one event to the journal, and to the boards where it is worth a look."""

@@ -16,9 +16,9 @@ from .checkpoint import store
 from .config.loader import LoadedConfig
 from .core.durations import parse_duration
 from .core.errors import CheckpointError
+from .core.ranks import agree, text_of
 from .core.timeline import Schedule
 from .train_changes import Change, check, compare, past_stages
-from .zero.checks import text_of
 
 logger = logging.getLogger(__name__)
 
@@ -138,10 +138,10 @@ class Saver:
             found = self._compared(path)
         except Exception as error:  # one rank alone may fail to read; the others must not wait for it
             problem = text_of(error)
-        store.agree_on(problem)
+        agree(problem, CheckpointError)
         assert found is not None
         client, changes = found
-        self.engine.load_checkpoint(self.folder, path.name)
+        self.engine.load_verified(path)
         return path, client, changes
 
     def _compared(self, path: Path) -> tuple[dict[str, Any], list[Change]]:

@@ -91,7 +91,6 @@ class Trainer:
         self.saver = Saver(
             self.engine, config, self.schedule, self._client_state, self._record, lambda text: self.console.write(text)
         )
-        self._picture: Batch | None = None
         self._old_stage: Stage | None = None
         self.engine.context.say = self._say
         self.engine.context.probe_batches = self._probe_batches

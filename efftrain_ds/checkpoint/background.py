@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from .folder import receipt_name
-from .writer import Part, write_part
+from .writer import Part, write_parts
 
 logger = logging.getLogger(__name__)
 
@@ -78,7 +78,7 @@ class BackgroundSave:
     def _run(self) -> None:
         start = time.monotonic()
         try:
-            entries = [write_part(self.partial, part) for part in self._parts]
+            entries = write_parts(self.partial, self._parts)
             self._leave({"entries": entries})
             self._written.set()
             if self.rank == 0:

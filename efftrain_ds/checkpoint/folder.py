@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import re
 import shutil
 from collections.abc import Iterable
@@ -16,6 +15,7 @@ from pathlib import Path
 
 from ..core import faults
 from ..core.errors import CheckpointError
+from ..core.files import sync
 
 logger = logging.getLogger(__name__)
 
@@ -30,15 +30,6 @@ def name_of(step: int) -> str:
     return f"step-{step:08d}"
 
 
-def sync_file(path: Path) -> None:
-    """Flush a file (or a directory entry) to disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def sha256_of(path: Path) -> str:
     """SHA-256 of a file in hex."""
     digest = hashlib.sha256()
@@ -51,7 +42,7 @@ def sha256_of(path: Path) -> str:
 def write_json(path: Path, document: object) -> None:
     """Write and sync a JSON file."""
     path.write_text(json.dumps(document, indent=1) + "\n")
-    sync_file(path)
+    sync(path)
 
 
 def receipt_name(rank: int) -> str:
@@ -84,7 +75,7 @@ def seal(partial: Path, final: Path, entries: Iterable[dict], *, latest: bool = 
             )
     faults.point("save.before_manifest")
     write_json(partial / MANIFEST, {"format": 1, "files": digests})
-    sync_file(partial)
+    sync(partial)
     faults.point("save.before_rename")
     old = final.parent / f"{_ASIDE}{final.name}"
     if final.exists():
@@ -97,14 +88,14 @@ def seal(partial: Path, final: Path, entries: Iterable[dict], *, latest: bool = 
         if old.exists():
             old.rename(final)
         raise
-    sync_file(final.parent)
+    sync(final.parent)
     faults.point("save.before_latest")
     if latest:
         pointer = final.parent / (LATEST + ".partial")
         pointer.write_text(final.name + "\n")
-        sync_file(pointer)
+        sync(pointer)
         pointer.replace(final.parent / LATEST)
-        sync_file(final.parent)
+        sync(final.parent)
     shutil.rmtree(old, ignore_errors=True)
     faults.point("save.end")
 

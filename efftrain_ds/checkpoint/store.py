@@ -12,21 +12,19 @@ from typing import Any
 
 import deepspeed
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from ..core import faults
+from ..core import faults, ranks
 from ..core.errors import CheckpointError
 from ..zero import access
 from ..zero.access import Layout
-from ..zero.checks import text_of
 from ..zero.ema import ShardedEma
 from .background import BackgroundSave
 from .folder import free_space, name_of, newest_good, prune, recover, seal, verify
 from .plain import from_plain, to_plain
 from .random_state import plain_rng_state, set_plain_rng_state
 from .shards import ShardReader, rank_parts, read_into, read_tensors
-from .writer import Part, write_part
+from .writer import Part, write_parts
 
 logger = logging.getLogger(__name__)
 
@@ -41,42 +39,6 @@ class Loaded:
     step: int
     extra: dict[str, Any]
     world: int
-
-
-def _rank_world() -> tuple[int, int]:
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
-def _gather(value: Any) -> list[Any]:
-    """The value of every rank, on all ranks."""
-    _, world = _rank_world()
-    if world == 1:
-        return [value]
-    gathered: list[Any] = [None] * world
-    dist.all_gather_object(gathered, value)
-    return gathered
-
-
-def _named(errors: list[str | None]) -> list[str]:
-    if len(errors) == 1:
-        return [text for text in errors if text]
-    return [f"rank {rank}: {text}" for rank, text in enumerate(errors) if text]
-
-
-def agree_on(error: str | None) -> None:
-    """Raise on all ranks what any of them found. Collective.
-
-    Raises:
-        CheckpointError: on all ranks, each with its own text where it has one.
-    """
-    problems = _agree(error)
-    if problems:
-        raise CheckpointError(error if error is not None else problems[0])
-
-
-def _agree(error: str | None) -> list[str]:
-    """All ranks' errors, on all ranks."""
-    return _named(_gather(error))
 
 
 def _group_documents(layout: Layout) -> list[dict[str, Any]]:
@@ -121,7 +83,7 @@ def save(
     if not access.at_boundary(engine):
         raise CheckpointError("a checkpoint can be saved only between optimizer steps (accumulation is in flight)")
     faults.point("save.begin")
-    rank, world = _rank_world()
+    rank, world = ranks.rank(), ranks.world_size()
     root = Path(root)
     final = root / (tag or name_of(step))
     partial = root / f".tmp-{final.name}"
@@ -141,19 +103,19 @@ def save(
         if background:
             parts = [part.owned({} if buffers is None else buffers) for part in parts]
     except Exception as problem:  # whatever it is, the other ranks must hear of it instead of waiting
-        error = text_of(problem)
-    gathered = _gather((error, sum(part.nbytes for part in parts)))
-    problems = _named([text for text, _ in gathered])
+        error = ranks.text_of(problem)
+    problems = ranks.problems(error)
+    sizes = ranks.gather(sum(part.nbytes for part in parts))
     if not problems:
-        problems = _agree(_try(lambda: _begin(root, partial, sum(size for _, size in gathered)) if rank == 0 else None))
+        problems = ranks.problems(ranks.problem_of(lambda: _begin(root, partial, sum(sizes)) if rank == 0 else None))
     if not problems and background:
         return BackgroundSave(partial, final, parts, rank, world, finished)
     if not problems:
         written: list[dict[str, Any]] = []
-        problems = _agree(_try(lambda: written.extend(write_part(partial, part) for part in parts)))
+        problems = ranks.problems(ranks.problem_of(lambda: written.extend(write_parts(partial, parts))))
     if not problems:
-        entries = [entry for of_rank in _gather(written) for entry in of_rank]
-        problems = _agree(_try(lambda: finished(entries) if rank == 0 else None))
+        entries = [entry for of_rank in ranks.gather(written) for entry in of_rank]
+        problems = ranks.problems(ranks.problem_of(lambda: finished(entries) if rank == 0 else None))
     if problems:
         if rank == 0:
             shutil.rmtree(partial, ignore_errors=True)
@@ -167,13 +129,13 @@ def finish(saving: BackgroundSave) -> None:
     Raises:
         CheckpointError: on all ranks, where writing failed on some; earlier checkpoints are untouched.
     """
-    problems = _agree(saving.wait_written())
+    problems = ranks.problems(saving.wait_written())
     if problems:
         saving.abandon()  # the first rank may be waiting for a receipt that cannot come
         if saving.rank == 0:
             shutil.rmtree(saving.partial, ignore_errors=True)
     else:
-        problems = _agree(saving.wait())
+        problems = ranks.problems(saving.wait())
     if problems:
         raise _failed(saving.final, problems)
 
@@ -182,15 +144,6 @@ def _failed(final: Path, problems: list[str]) -> CheckpointError:
     return CheckpointError(
         f"{final}: could not be written; earlier checkpoints are untouched\n  " + "\n  ".join(problems)
     )
-
-
-def _try(action: Callable[[], Any]) -> str | None:
-    """What went wrong in `action`, to be agreed on: no rank may leave the others waiting."""
-    try:
-        action()
-    except Exception as problem:
-        return text_of(problem)
-    return None
 
 
 def _begin(root: Path, partial: Path, size: int) -> None:
@@ -243,24 +196,20 @@ def find(root: str | Path, tag: str | None = None) -> Path | None:
     Raises:
         CheckpointError: on all ranks, where checkpoints exist but none can be used.
     """
-    rank, world = _rank_world()
-    answer: list[Any] = [None, None]
-    if rank == 0:
-        try:
-            if tag is not None:
-                verify(Path(root) / tag)
-                answer[0] = str(Path(root) / tag)
-            else:
-                recover(Path(root))
-                found = newest_good(Path(root))
-                answer[0] = str(found) if found is not None else None
-        except Exception as error:  # whatever it is, the other ranks wait for an answer
-            answer[1] = text_of(error)
-    if world > 1:
-        dist.broadcast_object_list(answer, src=0)
-    if answer[1] is not None:
-        raise CheckpointError(answer[1])
-    return Path(answer[0]) if answer[0] is not None else None
+
+    def chosen() -> Path | None:
+        if tag is not None:
+            verify(Path(root) / tag)
+            return Path(root) / tag
+        recover(Path(root))
+        return newest_good(Path(root))
+
+    try:
+        return ranks.from_first(chosen)
+    except CheckpointError:
+        raise
+    except Exception as error:
+        raise CheckpointError(ranks.text_of(error)) from error
 
 
 def read_document(path: Path) -> dict[str, Any]:
@@ -306,7 +255,7 @@ def load(
         CheckpointError: it belongs to another model. The engine is then unchanged.
     """
     faults.point("load.begin")
-    rank, world = _rank_world()
+    rank, world = ranks.rank(), ranks.world_size()
     layout = access.layout_of(engine)
     error = None
     try:
@@ -318,10 +267,8 @@ def load(
         if check is not None:
             check(from_plain(document["extra"], state_tensors))
     except Exception as problem:
-        error = text_of(problem)
-    problems = _agree(error)
-    if problems:
-        raise CheckpointError(error or problems[0])
+        error = ranks.text_of(problem)
+    ranks.agree(error, CheckpointError)
     read_into(reader, layout, ema.shadow if ema is not None else None, optimizer_state)
     layout.push()
     _load_frozen(engine, state_tensors)

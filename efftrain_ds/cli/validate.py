@@ -49,6 +49,8 @@ def run(args: argparse.Namespace) -> int:
     print(f"OK  {args.file}")
     print(f"OK  methods: {', '.join(loaded.methods) or 'none'}")
     print(f"OK  batch: {_batch_line(loaded.deepspeed, args.world)}")
+    if loaded.efftrain.model.name:
+        print(f"the model, the data and the schedule are checked by: efftrain plan {args.file}")
     if loaded.warnings:
         count = f"{len(loaded.warnings)} warning" + ("s" if len(loaded.warnings) > 1 else "")
         print(f"{count}\n{table(loaded.warnings)}", file=sys.stderr)

@@ -1,8 +1,20 @@
-"""How many ranks share this machine."""
+"""The ranks of a run: how many there are, and how they tell each other small things.
+
+No rank may leave the others waiting in a collective, so what can fail on one rank alone is tried there, and `agree`
+then raises on all of them.
+"""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+
+from .errors import EffTrainError
+
+T = TypeVar("T")
 
 
 def local_world() -> int:
@@ -12,3 +24,83 @@ def local_world() -> int:
         if value:
             return max(1, int(value))
     return 1
+
+
+def rank() -> int:
+    """This process's rank; 0 without a process group."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """Number of ranks; 1 without a process group."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def gather(value: T) -> list[T]:
+    """The value of every rank, on all ranks. Collective; for small picklable things."""
+    if world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def from_first(action: Callable[[], T]) -> T:
+    """What `action` returns on rank 0, on all ranks; what it raises there is raised on all. Collective.
+
+    Raises:
+        Exception: whatever `action` raised.
+    """
+    answer: list[Any] = [None, None]
+    if rank() == 0:
+        try:
+            answer[0] = action()
+        except Exception as error:  # whatever it is, the other ranks wait for an answer
+            answer[1] = error
+    if world_size() > 1:
+        dist.broadcast_object_list(answer, src=0)
+    if answer[1] is not None:
+        raise answer[1]
+    return answer[0]
+
+
+def text_of(error: Exception) -> str:
+    """An error in words; the class is named where the text alone may not say enough."""
+    return str(error) if isinstance(error, EffTrainError) else f"{type(error).__name__}: {error}"
+
+
+def problem_of(action: Callable[[], Any]) -> str | None:
+    """Run `action`; what went wrong in it, in words, to be agreed on, or None."""
+    try:
+        action()
+    except Exception as error:
+        return text_of(error)
+    return None
+
+
+def problems(problem: str | None) -> list[str]:
+    """What went wrong on any rank, each with its rank's number where there are several. Collective."""
+    found = gather(problem)
+    if len(found) == 1:
+        return [text for text in found if text]
+    return [f"rank {i}: {text}" for i, text in enumerate(found) if text]
+
+
+def agree(problem: str | None, error: type[EffTrainError], what: str = "") -> None:
+    """Raise on all ranks if any rank has a problem; a text that all of them have is said once. Collective.
+
+    Args:
+        problem: this rank's, or None.
+        error: class of what is raised.
+        what: what was tried, comes first in the text.
+
+    Raises:
+        EffTrainError: of class `error`, with the texts and, unless all ranks have one, the numbers of the ranks.
+    """
+    found = gather(problem)
+    texts = list(dict.fromkeys(text for text in found if text))
+    if texts:
+        where = [str(i) for i, text in enumerate(found) if text]
+        ranks = "" if len(where) == len(found) else f"(rank {', '.join(where)} of {len(found)})"
+        head = " ".join(part for part in (what, ranks) if part)
+        raise error(f"{head}: {'; '.join(texts)}" if head else "; ".join(texts))

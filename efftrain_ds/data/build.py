@@ -23,8 +23,9 @@ from typing import Any
 import numpy as np
 
 from ..core.errors import ShardError
+from ..core.files import sync
 from .manifest import MANIFEST, Rendition, Shard
-from .pack import Packed, PackPlan, make_plan, pack_all, sync_folder
+from .pack import Packed, PackPlan, make_plan, pack_all
 from .rendition import DEFAULT_QUALITY, make_rendition
 from .scan import file_sha256, read_rows, write_atomic, write_index
 from .sources import Source
@@ -194,7 +195,7 @@ def _finish(source: Source, plan: PackPlan, out: Path, packed: list[Packed], reu
     write_atomic(out / JOURNAL, "".join(map(_line, [plan.header, *(p.record for p in packed)])).encode())
     shards = [Shard(*(p.record[name] for name in ("name", "bytes", "sha256", "n"))) for p in packed]
     manifest = write_index(out, plan.split, source.classes, shards, [p.rows for p in packed], plan.rendition)
-    sync_folder(out)
+    sync(out)
     kinds: Counter[str] = Counter()
     for p in packed:
         kinds.update(p.record["kinds"])

@@ -18,6 +18,7 @@ import numpy as np
 from webdataset import TarWriter
 
 from ..core.errors import ShardError
+from ..core.files import sync
 from ..core.rng import numpy_rng
 from .checks import SampleRejected, check_image
 from .manifest import FORMAT, ROW, Rendition
@@ -209,7 +210,7 @@ def _pack(source: Source, plan: PackPlan, out: Path, shard: int) -> Packed:
         partial.unlink(missing_ok=True)
         raise
     os.replace(partial, out / name)
-    sync_folder(out)
+    sync(out)
     record = {
         "shard": shard,
         "name": name,
@@ -233,12 +234,3 @@ def _read(source: Source, index: int) -> SourceItem:
         if isinstance(error, ShardError):
             raise
         raise SampleRejected("decode", str(error)) from error
-
-
-def sync_folder(folder: Path) -> None:
-    """Make renames in a folder durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

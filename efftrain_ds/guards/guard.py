@@ -14,17 +14,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from ..core.batch import Batch
 from ..core.errors import DivergenceError
 from ..core.method import Method
+from ..core.ranks import gather
 from ..zero.skip import scale_is_exhausted, scales_loss, skipped_step, sum_is_finite, unchecked_gradients
 from .buffers import BufferKeeper
 from .nonfinite import Finding, Watch
 from .replay import write_replay
-from .vote import compare, digest_of, vote, world_size
+from .vote import compare, digest_of, vote
 from .watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
@@ -258,11 +258,7 @@ class Guard:
                 info |= {"stage": ctx.stage.index, "settings": dict(ctx.stage.settings)}
             path = write_replay(self.faults, self._step, ctx.rank, micros, info)
             own.replay = str(path) if path is not None else ""
-        every: list[Any] = [own]
-        if world_size() > 1:
-            every = [None] * world_size()
-            dist.all_gather_object(every, own)
-        findings = [found for found in every if found.what]
+        findings = [found for found in gather(own) if found.what]
         self._last = self._describe(findings)
         if ctx.rank == 0:
             logger.warning("%s (%d in a row, %d end the run)", self._last, self.consecutive, self.max_nonfinite)

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..core.errors import DesyncError
+from ..core.ranks import gather, world_size
 
 
 @dataclass(frozen=True)
@@ -26,11 +27,6 @@ class Ballot:
     nonfinite: bool
     stop: bool
     agreed: bool
-
-
-def world_size() -> int:
-    """Number of ranks; 1 without a process group."""
-    return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def digest_of(text: str) -> int:
@@ -64,10 +60,7 @@ def compare(decisions: Mapping[str, str], step: int) -> None:
     Raises:
         DesyncError: always, as this is called where the digests differ.
     """
-    every: list[dict[str, str]] = [dict(decisions)] * world_size()
-    if world_size() > 1:
-        every = [{}] * world_size()
-        dist.all_gather_object(every, dict(decisions))
+    every = gather(dict(decisions))
     names = sorted({name for own in every for name in own})
     found = []
     for name in names:

@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
+from ..core.ranks import gather
 from . import access
 from .ema import ShardedEma
-from .exchange import Held, mapped_values, world_size
+from .exchange import Held, mapped_values
 from .request import ParameterMap
 
 
@@ -60,10 +60,7 @@ def capture(engine: Any, ema: ShardedEma | None) -> Bundle:
     layout = access.layout_of(engine)
     frozen, replicated, frozen_shapes = access.frozen_fragments(engine)
     held = {"fp32": held_in(layout, layout.tensors("fp32"))}
-    keys: list[Any] = [layout.state_keys()]
-    if world_size() > 1:  # a rank that holds only padding has no state of its own
-        keys = [None] * world_size()
-        dist.all_gather_object(keys, layout.state_keys())
+    keys = gather(layout.state_keys())  # a rank that holds only padding has no state of its own
     for key in sorted({k for of_rank in keys for k in of_rank}):
         held[key] = held_in(layout, layout.tensors(key, create=False))
     if ema is not None:
@@ -98,10 +95,7 @@ def _per_group_maximum(mine: dict[str, dict[str, float]], layout: access.Layout)
     never had a gradient) count fewer for some of them, so the group's maximum is carried where DeepSpeed steps whole
     groups.
     """
-    parts: list[Any] = [mine]
-    if world_size() > 1 and not layout.replicated:
-        parts = [None] * world_size()
-        dist.all_gather_object(parts, mine)
+    parts = [mine] if layout.replicated else gather(mine)
     merged = {name: scalars for part in parts for name, scalars in part.items()}
     fused = type(layout.base).__name__ == "FusedAdam"
     if layout.replicated and not fused:

@@ -8,12 +8,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
-from ..core.errors import EffTrainError, RebuildError
+from ..core.errors import RebuildError
+from ..core.ranks import gather
 from .blueprint import digest
-from .exchange import world_size
 from .groups import GroupPlan
 from .request import Piece, RebuildRequest
 
@@ -31,33 +30,13 @@ class RebuildPlan:
     step: int
 
 
-def agree(problem: str | None, what: str) -> None:
-    """Raise on all ranks if any rank has a problem. Collective.
-
-    Raises:
-        RebuildError: with every rank's text.
-    """
-    problems: list[Any] = [problem]
-    if world_size() > 1:
-        problems = [None] * world_size()
-        dist.all_gather_object(problems, problem)
-    texts = sorted({text for text in problems if text})
-    if texts:
-        where = [str(i) for i, text in enumerate(problems) if text]
-        ranks = "" if len(where) == len(problems) else f" (rank {', '.join(where)} of {len(problems)})"
-        raise RebuildError(f"{what}{ranks}: " + "; ".join(texts))
-
-
 def agree_equal(value: str, what: str) -> None:
     """Raise on all ranks where `value` differs between them. Collective.
 
     Raises:
         RebuildError: it differs.
     """
-    values: list[Any] = [value]
-    if world_size() > 1:
-        values = [None] * world_size()
-        dist.all_gather_object(values, value)
+    values = gather(value)
     if len(set(values)) > 1:
         other = next(i for i, v in enumerate(values) if v != values[0])
         raise RebuildError(f"{what}: rank {other} asks for another change than rank 0; all ranks must ask for the same")
@@ -74,11 +53,6 @@ def identity_of(plan: RebuildPlan) -> str:
             indices = [[sorted((d, [int(i) for i in v]) for d, v in side.items())] for side in (piece.take, piece.put)]
             rows.append([piece.source, indices, sorted(piece.scale.items())])
     return hashlib.sha256(repr(rows).encode()).hexdigest()
-
-
-def text_of(error: Exception) -> str:
-    """An error in words; the class is named where the text alone may not say enough."""
-    return str(error) if isinstance(error, EffTrainError) else f"{type(error).__name__}: {error}"
 
 
 def check_maps(request: RebuildRequest, new: Mapping[str, torch.Size], old: Mapping[str, torch.Size]) -> None:

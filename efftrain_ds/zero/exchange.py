@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..core.ranks import gather, rank, world_size
 from .request import ParameterMap
 
 BUCKET_ELEMENTS = 1 << 21
@@ -55,11 +56,7 @@ class Table:
         mine: dict[str, list[tuple[int, int]]] = {}
         for name, start, length in (h.stretch for h in held):
             mine.setdefault(name, []).append((start, length))
-        ranks: list = [mine]
-        if world_size() > 1:
-            ranks = [None] * world_size()
-            dist.all_gather_object(ranks, mine)
-        return cls(ranks, replicated)
+        return cls(gather(mine), replicated)
 
     def untiled(self, sizes: Mapping[str, int]) -> list[str]:
         """Names whose stretches do not cover every element exactly once."""
@@ -67,23 +64,13 @@ class Table:
         for name, size in sizes.items():
             ranks = self.ranks[:1] if name in self.replicated else self.ranks
             at = 0
-            for start, length in sorted(s for rank in ranks for s in rank.get(name, ())):
+            for start, length in sorted(s for held in ranks for s in held.get(name, ())):
                 if start != at:
                     break
                 at += length
             if at != size:
                 wrong.append(name)
         return wrong
-
-
-def world_size() -> int:
-    """Number of data-parallel ranks."""
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def rank() -> int:
-    """This data-parallel rank."""
-    return dist.get_rank() if dist.is_initialized() else 0
 
 
 class Exchange:

@@ -20,13 +20,14 @@ from torch import Tensor, nn
 
 from ..core import faults
 from ..core.errors import RebuildError
+from ..core.ranks import agree, text_of
 from ..core.rng import torch_rng
 from . import access
 from .blueprint import copy_blueprint, hooks_of, materialise, put_hooks
 from .bundle import Bundle, capture, held_in, regrouped, restore_buffers, rng_state, set_rng_state
-from .checks import RebuildPlan, agree, agree_equal, check_maps, identity_of, text_of
+from .checks import RebuildPlan, agree_equal, check_maps, identity_of
 from .ema import ShardedEma
-from .exchange import Exchange, Held, Table, rank
+from .exchange import Exchange, Held, Table
 from .groups import GroupPlan
 from .request import DrawnAs, ParameterMap, RebuildRequest
 
@@ -89,7 +90,7 @@ class Rebuilder:
         except Exception as error:  # whatever a surgery raises on one rank, the others must hear of it
             problem = text_of(error)
         what = f"rebuild ({request.reason or 'no reason given'})"
-        agree(problem, what)
+        agree(problem, RebuildError, what)
         assert found is not None
         agree_equal(identity_of(found), what)
         return found
@@ -229,13 +230,13 @@ class Rebuilder:
                 for parameter in module.parameters():
                     parameter.zero_()  # garbage bits could be NaN, which some constructors multiply by zero
         except Exception as error:
-            problem = f"{type(error).__name__}: {error}"
-        agree(problem, what)
+            problem = text_of(error)
+        agree(problem, RebuildError, what)
         try:
             holder.deepspeed_engine = self._create(module, groups.for_optimizer(module))
         except Exception as error:
-            problem = f"{type(error).__name__}: {error}"
-        agree(problem, what)
+            problem = text_of(error)
+        agree(problem, RebuildError, what)
 
     def _roll_back(
         self,
@@ -433,4 +434,4 @@ class _Clock:
         return self._last - self._start
 
 
-__all__ = ["Bundle", "Rebuilder", "RebuildPlan", "Report", "agree", "capture", "rank"]
+__all__ = ["Bundle", "Rebuilder", "RebuildPlan", "Report", "capture"]

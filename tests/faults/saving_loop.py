@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from efftrain_ds.checkpoint.folder import name_of, newest_good, prune, recover, seal
-from efftrain_ds.checkpoint.writer import Part, write_part
+from efftrain_ds.checkpoint.writer import Part, write_parts
 
 
 def _save_for_ever(root: str, same_name: bool) -> None:
@@ -28,7 +28,7 @@ def _save_for_ever(root: str, same_name: bool) -> None:
             partial.mkdir()
             tensors = {"x": torch.full((100_000,), step)}
             parts = [Part("rank-00000.safetensors", tensors), Part("state.json", f"{step}\n")]
-            seal(partial, final, [write_part(partial, part) for part in parts])
+            seal(partial, final, write_parts(partial, parts))
             prune(folder, 2, protect=[final])
             done.write(f"{step}\n")
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from ...core.batch import Batch
 from ...core.context import Context
 from ...core.errors import ConfigError
+from ...core.ranks import agree, from_first, gather, text_of
 from ...core.text import align
 from ...cost.macs import module_macs
 from ...models.elastic import paths_for, set_paths
@@ -133,16 +134,13 @@ class Search:
             if any(batch.labels is None for batch in batches):
                 problem = "the probe batches have no labels"
         except Exception as error:
-            problem = f"{type(error).__name__}: {error}"
-        found: list[Any] = [(problem, len(batches))]
-        if ctx.world > 1:
-            found = [None] * ctx.world
-            dist.all_gather_object(found, (problem, len(batches)))
-        problems = [f"rank {i}: {text}" for i, (text, _) in enumerate(found) if text]
-        if not problems and len({count for _, count in found}) > 1:
-            problems = [f"the ranks have different numbers of probe batches: {[count for _, count in found]}"]
-        if problems:
-            raise ConfigError("efftrain.methods.autoprog.search: " + "; ".join(problems))
+            problem = text_of(error)
+        agree(problem, ConfigError, "efftrain.methods.autoprog.search")
+        counts = gather(len(batches))
+        if len(set(counts)) > 1:
+            raise ConfigError(
+                f"efftrain.methods.autoprog.search: the ranks have different numbers of probe batches: {counts}"
+            )
         return batches
 
     def macs(self, ctx: Context) -> list[int]:
@@ -184,17 +182,7 @@ class Search:
         """Choose on rank 0 and tell the others; the table goes to the journal and the screen. Collective."""
         losses = [statistics.fmean(column) for column in zip(*self.losses, strict=True)]
         costs = self.costs(ctx, kind)
-        answer: list[Any] = [None]
-        if ctx.rank == 0:
-            try:
-                answer = [choose(costs, losses, previous_alpha)]
-            except Exception as error:  # the other ranks must hear of it
-                answer = [error]
-        if ctx.world > 1:
-            dist.broadcast_object_list(answer, src=0)
-        if isinstance(answer[0], Exception):
-            raise answer[0]
-        choice: Choice = answer[0]
+        choice = from_first(lambda: choose(costs, losses, previous_alpha))
         chosen = self.options[choice.index]
         rows = [
             {

@@ -21,12 +21,12 @@ from torch.nn import functional as F
 
 from ...core.batch import Batch
 from ...core.context import Context
-from ...core.errors import ConfigError, EffTrainError
+from ...core.errors import ConfigError, RebuildError
+from ...core.ranks import agree, from_first, text_of
 from ...core.text import align
 from ...data.augment.chain import normalize
 from ...zero import access
 from ...zero.blueprint import materialise
-from ...zero.rebuild import agree
 from .candidates import Candidate
 from .config import UnfreezeSearchConfig
 from .scores import score_module, vote
@@ -80,12 +80,10 @@ def search_candidates(
     """
     start = time.perf_counter()
     measured = measure(ctx, candidates, trained, search)
-    decision: list[Any] = [None]
-    if ctx.rank == 0:
-        decision = [vote([m.seconds for m in measured], [m.ntk for m in measured], [m.zico for m in measured])]
-    if ctx.world > 1:
-        dist.broadcast_object_list(decision, src=0)
-    result, seconds = decision[0], time.perf_counter() - start
+    result = from_first(
+        lambda: vote([m.seconds for m in measured], [m.ntk for m in measured], [m.zico for m in measured])
+    )
+    seconds = time.perf_counter() - start
     table, rows = [], [["level", "side", "ms", "NTK", "ZiCo", "votes", ""]]
     for i, ((level, side), m) in enumerate(zip(candidates, measured, strict=True)):
         values = {"seconds": m.seconds, "ntk": m.ntk, "zico": m.zico, "votes": result.votes[i]}
@@ -161,12 +159,12 @@ class _Shared:
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> bool:
         if isinstance(error, Exception):
-            self.problem = str(error) if isinstance(error, EffTrainError) else f"{type(error).__name__}: {error}"
+            self.problem = text_of(error)
         return isinstance(error, Exception)
 
     def check(self) -> None:
         """Raise on all ranks where any has a problem. Collective."""
-        agree(self.problem, _KEY)
+        agree(self.problem, RebuildError, _KEY)
 
 
 def _probe(ctx: Context, search: UnfreezeSearchConfig) -> list[tuple[Tensor, Tensor]]:

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from efftrain_ds.checkpoint import folder, writer
-from efftrain_ds.checkpoint.writer import Part, write_part
+from efftrain_ds.checkpoint.writer import Part, write_parts
 from efftrain_ds.core import faults
 from efftrain_ds.core.errors import CheckpointError
 
@@ -29,7 +29,7 @@ def test_tensor_files_are_safetensors(tmp_path, monkeypatch, block):
     tensors = {f"t{i}": (torch.arange(5 * i + 1) % 2).to(dtype) for i, dtype in enumerate(dtypes)}
     base = torch.randn(6, 4)
     tensors |= {"scalar": torch.tensor(3.5), "empty": torch.zeros(0, 3), "view": base.t(), "part": base[1:3]}
-    entry = write_part(tmp_path, Part("a.safetensors", tensors))
+    (entry,) = write_parts(tmp_path, [Part("a.safetensors", tensors)])
     data = (tmp_path / "a.safetensors").read_bytes()
     assert entry == {"name": "a.safetensors", "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
     found = load_file(str(tmp_path / "a.safetensors"))
@@ -40,13 +40,13 @@ def test_tensor_files_are_safetensors(tmp_path, monkeypatch, block):
 
 
 def test_text_files(tmp_path):
-    entry = write_part(tmp_path, Part("a.json", "[1]\n"))
+    (entry,) = write_parts(tmp_path, [Part("a.json", "[1]\n")])
     assert entry == {"name": "a.json", "bytes": 4, "sha256": hashlib.sha256(b"[1]\n").hexdigest()}
 
 
 def test_types_without_a_name_are_refused(tmp_path):
     with pytest.raises(CheckpointError, match="x is torch.complex64, which a checkpoint cannot hold"):
-        write_part(tmp_path, Part("a.safetensors", {"x": torch.zeros(1, dtype=torch.complex64)}))
+        write_parts(tmp_path, [Part("a.safetensors", {"x": torch.zeros(1, dtype=torch.complex64)})])
 
 
 def test_owned_parts_do_not_follow_the_training(tmp_path):
@@ -55,7 +55,7 @@ def test_owned_parts_do_not_follow_the_training(tmp_path):
     buffers = {}
     copy = part.owned(buffers)
     live.zero_()
-    write_part(tmp_path, copy)
+    write_parts(tmp_path, [copy])
     assert load_file(str(tmp_path / "a.safetensors"))["x"].tolist() == [1, 1, 1]
     assert part.nbytes == copy.nbytes == 12
     again = part.owned(buffers)
@@ -85,10 +85,10 @@ def test_a_file_that_the_first_rank_does_not_see_is_named(tmp_path):
 def test_fault_points_act_as_told(tmp_path):
     faults.point("save.rank_file")
     faults.arm("save.rank_file:oserror,hit=2")
-    write_part(tmp_path, Part("a.json", "1"))
+    write_parts(tmp_path, [Part("a.json", "1")])
     with pytest.raises(OSError, match="No space left on device"):
-        write_part(tmp_path, Part("b.json", "1"))
-    write_part(tmp_path, Part("c.json", "1"))
+        write_parts(tmp_path, [Part("b.json", "1")])
+    write_parts(tmp_path, [Part("c.json", "1")])
     faults.arm("save.rank_file:error,always,rank=0")
     for _ in range(2):
         with pytest.raises(RuntimeError, match="fault point save.rank_file"):
