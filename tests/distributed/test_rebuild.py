@@ -307,7 +307,7 @@ def test_two_hundred_rebuilds_need_no_more_memory(ranks, stage):
         (2, "bf16", "grow, shrink"),
         (1, "fp32", "newcomers, renumber"),
         (3, "fp32", "fresh, renumber"),
-        (2, "fp32", "widen, grow"),
+        pytest.param(2, "fp32", "widen, grow", marks=slow),
         (0, "fp32", "grow, widen"),
     ],
 )

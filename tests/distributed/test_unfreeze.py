@@ -12,7 +12,7 @@ pytestmark = pytest.mark.dist
 @pytest.mark.parametrize(
     ("stage", "dtype", "order"),
     [
-        (0, "fp32", "interleaved"),
+        pytest.param(0, "fp32", "interleaved", marks=pytest.mark.slow),
         (1, "fp32", "interleaved"),
         (2, "fp32", "suffix"),
         (3, "fp32", "interleaved"),

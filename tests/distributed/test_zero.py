@@ -30,7 +30,9 @@ def test_resume_is_bit_exact(ranks, tmp_path, stage, dtype, gas):
         assert result["moved"] > 0
 
 
-@pytest.mark.parametrize(("stage", "dtype"), [(1, "fp16"), (3, "fp16"), (1, "bf16_fp32")])
+@pytest.mark.parametrize(
+    ("stage", "dtype"), [(1, "fp16"), (3, "fp16"), pytest.param(1, "bf16_fp32", marks=pytest.mark.slow)]
+)
 def test_resume_other_optimizers(ranks, tmp_path, stage, dtype):
     for result in ranks(jobs.resume_job, str(tmp_path), stage, dtype, 1):
         assert result["losses_equal"]
