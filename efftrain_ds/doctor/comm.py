@@ -94,6 +94,8 @@ def hosts_of(environment: Mapping[str, str]) -> Hosts | None:
     if "RANK" in environment and "LOCAL_WORLD_SIZE" in environment and world > local and get("MASTER_ADDR"):
         return Hosts(int(environment["RANK"]), world, environment["MASTER_ADDR"], _PORT)
     if int(get("SLURM_NNODES") or 1) > 1 and "SLURM_PROCID" in environment and get("SLURM_JOB_NODELIST"):
+        if not (get("SLURM_STEP_ID") or get("SLURM_STEPID")):  # in the body of an sbatch script, which runs once
+            return Hosts(0, 1, "localhost", _PORT)
         listed = subprocess.run(
             ["scontrol", "show", "hostnames", environment["SLURM_JOB_NODELIST"]],
             capture_output=True,

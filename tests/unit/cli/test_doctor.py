@@ -246,8 +246,10 @@ def test_hosts_of_launchers(monkeypatch: pytest.MonkeyPatch) -> None:
     answer = SimpleNamespace(stdout="node7\nnode9\n")
     monkeypatch.setattr(comm.subprocess, "run", lambda *args, **kwargs: answer)
     slurm = {"SLURM_NNODES": "2", "SLURM_PROCID": "1", "SLURM_NTASKS": "2", "SLURM_JOB_NODELIST": "node[7,9]"}
-    assert comm.hosts_of(slurm) == comm.Hosts(1, 2, "node7", comm._PORT)
-    assert comm.hosts_of({**slurm, "SLURM_NNODES": "1"}) is None
+    step = {**slurm, "SLURM_STEP_ID": "0"}
+    assert comm.hosts_of(step) == comm.Hosts(1, 2, "node7", comm._PORT)
+    assert comm.hosts_of(slurm).world == 1  # the body of an sbatch script runs once: nobody else would answer
+    assert comm.hosts_of({**step, "SLURM_NNODES": "1"}) is None
 
 
 def test_clock_of_another_host() -> None:
