@@ -9,7 +9,6 @@ import pkgutil
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 from .check import FAIL, NONE, OK, WARN, Check, Setup
@@ -68,30 +67,26 @@ def triton(setup: Setup) -> Check:
     return Check("Triton", OK, f"{version}, compiles and runs")
 
 
-def kernels(setup: Setup) -> Iterator[Check]:
+def kernels(setup: Setup) -> Check:
     """Every kernel of this package on the device at hand."""
-    import torch
-
     from .. import kernels as package
 
     device = "cuda" if setup.gpus else "cpu"
+    passed, failed = [], []
     for info in pkgutil.iter_modules(package.__path__):
         if not info.ispkg:
             continue
-        module = importlib.import_module(f"{package.__name__}.{info.name}")
-        test = getattr(module, "self_test", None)
-        if test is not None:
-            yield Check(f"kernel {info.name}", OK, str(test(device)))
-        elif info.name == "lowfreq_crop":
-            images = torch.full((2, 3, 32, 32), 128, dtype=torch.uint8, device=device)
-            error = float((module.lowfreq_crop(images, 16).float() - 128).abs().max())
-            text = f"matrix products of torch on {device}; this version has no Triton kernel for it"
-            if error > 1:
-                yield Check(
-                    "kernels", FAIL, f"{info.name} is off by {error:.2g}", "unset EFFTRAIN_KERNELS and try again"
-                )
-            else:
-                yield Check("kernels", OK, f"{info.name}: {text}")
+        try:
+            module = importlib.import_module(f"{package.__name__}.{info.name}")
+            test = getattr(module, "self_test", None)
+            if test is not None:
+                passed.append(f"{info.name}: {test(device)}")
+        except Exception as error:  # whatever it is, the other kernels are tested too
+            failed.append(f"{info.name}: {type(error).__name__}: {error}")
+    if failed:
+        fix = "unset EFFTRAIN_KERNELS, or set it to reference: then torch computes them"
+        return Check("kernels", FAIL, "; ".join(failed + passed), fix)
+    return Check("kernels", OK, "; ".join(passed))
 
 
 def compiler(setup: Setup) -> Check:

@@ -9,9 +9,10 @@ points. As a complex matrix it is ``D = P + iQ``. All pairs +-u cancel in Q but 
 
 from __future__ import annotations
 
+import functools
 import math
-from functools import lru_cache
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,6 +20,8 @@ from torch import Tensor
 ALIGNMENTS = ("center", "grid")
 FILTERS = ("lanczos", "bicubic")
 _SUPPORT = {"lanczos": 3.0, "bicubic": 2.0}  # in output pixels
+_KEPT = 256  # results of one function
+T = TypeVar("T")
 
 
 class CropMatrix(NamedTuple):
@@ -27,6 +30,40 @@ class CropMatrix(NamedTuple):
     p: Tensor
     q: Tensor
     a: Tensor
+
+
+def kept(build: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Call a function of constants that builds a tensor once for given arguments, and keep the result.
+
+    Unlike ``functools.lru_cache`` it keeps only what can be used anywhere: no inference tensors (autograd would refuse
+    them later), nothing made under a fake-tensor mode; and `torch.compile` takes the result as a constant of the graph
+    instead of tracing how it is made. Callers must not write into the result.
+    """
+    store: dict[tuple[object, ...], Tensor] = {}
+
+    @functools.wraps(build)
+    def get(*key: object) -> Tensor:
+        real = type(torch.empty(0, device="cpu")) is Tensor
+        if real and key in store:
+            return store[key]
+        with torch.inference_mode(False), torch.no_grad():
+            result = build(*key)
+        if real:
+            if len(store) >= _KEPT:
+                store.clear()
+            store[key] = result
+        return result
+
+    return constant_in_graphs(get)
+
+
+def constant_in_graphs(function: Callable[..., T]) -> Callable[..., T]:
+    """`torch.compile` calls the function while it traces and takes the result as a constant.
+
+    ``torch.compiler.assume_constant_result`` without the import of Dynamo, which takes a second.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
 
 
 def check_sizes(size_in: int, size_out: int) -> None:
@@ -63,7 +100,8 @@ def crop_matrix(
     if align not in ALIGNMENTS:
         raise ValueError(f"align is one of {', '.join(ALIGNMENTS)}, found {align!r}")
     check_sizes(size_in, size_out)
-    return _crop_matrix(size_in, size_out, align, dtype, str(device))
+    p, q, a = (_crop_part(part, size_in, size_out, align, dtype, str(device)) for part in CropMatrix._fields)
+    return CropMatrix(p, q, a)
 
 
 def resample_matrix(
@@ -86,53 +124,50 @@ def resample_matrix(
     return _resample_matrix(size_in, size_out, filter, dtype, str(device))
 
 
-@lru_cache(maxsize=256)
-def _crop_matrix(size_in: int, size_out: int, align: str, dtype: torch.dtype, device: str) -> CropMatrix:
-    # A cached tensor must not be an inference tensor: it would be refused by autograd later.
-    with torch.inference_mode(False), torch.no_grad():
-        m = torch.arange(size_out, dtype=torch.int64, device="cpu")
-        h = torch.arange(size_in, dtype=torch.int64, device="cpu")
-        # theta = numerator / denominator in integers, so that the periods of sin and cot are removed exactly.
-        if align == "center":
-            denominator = 2 * size_in * size_out
-            numerator = (2 * m[:, None] + 1) * size_in - (2 * h[None, :] + 1) * size_out
-        else:
-            denominator = size_in * size_out
-            numerator = m[:, None] * size_in - h[None, :] * size_out
-        numerator = _fold(numerator, denominator)  # P has period 1 in theta for even and odd B
-        angle = numerator.double() * (math.pi / denominator)
-        # sin(pi B theta) has period 2 in B theta
-        wave = torch.sin(_fold(numerator * size_out, 2 * denominator).double() * (math.pi / denominator))
-        whole = numerator == 0
-        slope = torch.tan(angle) if size_out % 2 == 0 else torch.sin(angle)
-        slope = torch.where(whole, torch.ones_like(slope), slope)
-        p = torch.where(whole, torch.full_like(wave, float(size_out)), wave / slope) / size_in
-        if size_out == size_in:
-            p = torch.eye(size_in, dtype=torch.float64, device="cpu")
-        a = 1.0 - 2.0 * (m % 2).double()
-        if size_out % 2 or size_out == size_in:
-            q = torch.zeros(size_in, dtype=torch.float64, device="cpu")
-        elif align == "center":
-            q = torch.cos(((2 * h + 1) * size_out % (4 * size_in)).double() * (math.pi / (2 * size_in))) / size_in
-        else:
-            q = torch.sin((h * size_out % (2 * size_in)).double() * (math.pi / size_in)) / size_in
-        return CropMatrix(*(t.to(dtype).to(device) for t in (p, q, a)))
+@kept
+def _crop_part(part: str, size_in: int, size_out: int, align: str, dtype: torch.dtype, device: str) -> Tensor:
+    m = torch.arange(size_out, dtype=torch.int64, device="cpu")
+    h = torch.arange(size_in, dtype=torch.int64, device="cpu")
+    # theta = numerator / denominator in integers, so that the periods of sin and cot are removed exactly.
+    if align == "center":
+        denominator = 2 * size_in * size_out
+        numerator = (2 * m[:, None] + 1) * size_in - (2 * h[None, :] + 1) * size_out
+    else:
+        denominator = size_in * size_out
+        numerator = m[:, None] * size_in - h[None, :] * size_out
+    numerator = _fold(numerator, denominator)  # P has period 1 in theta for even and odd B
+    angle = numerator.double() * (math.pi / denominator)
+    # sin(pi B theta) has period 2 in B theta
+    wave = torch.sin(_fold(numerator * size_out, 2 * denominator).double() * (math.pi / denominator))
+    whole = numerator == 0
+    slope = torch.tan(angle) if size_out % 2 == 0 else torch.sin(angle)
+    slope = torch.where(whole, torch.ones_like(slope), slope)
+    p = torch.where(whole, torch.full_like(wave, float(size_out)), wave / slope) / size_in
+    if size_out == size_in:
+        p = torch.eye(size_in, dtype=torch.float64, device="cpu")
+    a = 1.0 - 2.0 * (m % 2).double()
+    if size_out % 2 or size_out == size_in:
+        q = torch.zeros(size_in, dtype=torch.float64, device="cpu")
+    elif align == "center":
+        q = torch.cos(((2 * h + 1) * size_out % (4 * size_in)).double() * (math.pi / (2 * size_in))) / size_in
+    else:
+        q = torch.sin((h * size_out % (2 * size_in)).double() * (math.pi / size_in)) / size_in
+    return {"p": p, "q": q, "a": a}[part].to(dtype).to(device)
 
 
-@lru_cache(maxsize=256)
+@kept
 def _resample_matrix(size_in: int, size_out: int, filter: str, dtype: torch.dtype, device: str) -> Tensor:
-    with torch.inference_mode(False), torch.no_grad():
-        if size_out == size_in:
-            return torch.eye(size_in, dtype=torch.float64, device="cpu").to(dtype).to(device)
-        scale = size_in / size_out
-        support = _SUPPORT[filter] * scale
-        centre = (torch.arange(size_out, dtype=torch.float64, device="cpu") + 0.5) * scale
-        first = torch.floor(centre - support + 0.5).clamp(min=0)
-        last = torch.floor(centre + support + 0.5).clamp(max=size_in)
-        h = torch.arange(size_in, dtype=torch.float64, device="cpu")
-        weight = _kernel(filter, (h[None, :] + 0.5 - centre[:, None]) / scale)
-        weight = weight * ((h >= first[:, None]) & (h < last[:, None]))
-        return (weight / weight.sum(1, keepdim=True)).to(dtype).to(device)
+    if size_out == size_in:
+        return torch.eye(size_in, dtype=torch.float64, device="cpu").to(dtype).to(device)
+    scale = size_in / size_out
+    support = _SUPPORT[filter] * scale
+    centre = (torch.arange(size_out, dtype=torch.float64, device="cpu") + 0.5) * scale
+    first = torch.floor(centre - support + 0.5).clamp(min=0)
+    last = torch.floor(centre + support + 0.5).clamp(max=size_in)
+    h = torch.arange(size_in, dtype=torch.float64, device="cpu")
+    weight = _kernel(filter, (h[None, :] + 0.5 - centre[:, None]) / scale)
+    weight = weight * ((h >= first[:, None]) & (h < last[:, None]))
+    return (weight / weight.sum(1, keepdim=True)).to(dtype).to(device)
 
 
 def _fold(n: Tensor, period: int) -> Tensor:

@@ -54,8 +54,8 @@ def matmul_crop(
         size: (Bh, Bw).
         align: "center" or "grid", see `matrices.crop_matrix`.
         exact: add the rank-one Nyquist term of even sizes.
-        scale: [C, 1, 1], multiplies the result; None = 1.
-        shift: [C, 1, 1], added to the scaled result; None = 0.
+        scale: [C], multiplies the result; None = 1.
+        shift: [C], added to the scaled result; None = 0.
         compute_dtype: dtype of the operands of both products (the intermediate is rounded to it).
         out_dtype: dtype of the result.
 
@@ -119,7 +119,7 @@ def _finish(
         if centre:
             z = z + centre
         if scale is not None:
-            z = z * scale.to(z.dtype)
+            z = z * scale.to(z.dtype).view(-1, 1, 1)
         if shift is not None:
-            z = z + shift.to(z.dtype)
+            z = z + shift.to(z.dtype).view(-1, 1, 1)
     return z.to(out_dtype)

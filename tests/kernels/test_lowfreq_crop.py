@@ -26,6 +26,12 @@ SIZES = [
 ALIGN = ("center", "grid")
 
 
+@pytest.fixture(autouse=True)
+def unforced(monkeypatch):
+    """These are the tests of plain torch, whatever the environment asks for."""
+    monkeypatch.delenv("EFFTRAIN_KERNELS", raising=False)
+
+
 def noise(*shape, dtype=torch.float64):
     return torch.rand(*shape, dtype=dtype, generator=torch.Generator().manual_seed(len(shape) + sum(shape)))
 
@@ -294,11 +300,40 @@ def test_choice_of_implementation(monkeypatch):
     monkeypatch.setenv("EFFTRAIN_KERNELS", "reference")
     lowfreq_crop(x, 4)
     monkeypatch.setenv("EFFTRAIN_KERNELS", "triton")
-    with pytest.raises(RuntimeError, match="no Triton kernel for lowfreq_crop"):
+    with pytest.raises(RuntimeError, match="lowfreq_crop cannot run its kernels"):
         lowfreq_crop(x, 4)
+    with pytest.raises(ValueError, match="together"):  # what is wrong anyway is said first
+        lowfreq_crop(x.byte(), 4, mean=(0.5,))
     monkeypatch.setenv("EFFTRAIN_KERNELS", "cuda")
     with pytest.raises(ValueError, match="cuda"):
         resample(x, 4)
+
+
+@pytest.mark.parametrize("make", [lowfreq_crop, resample])
+def test_flip_flags(make):
+    x = noise(3, 2, 32, 24)
+    flip = torch.tensor([True, False, True])
+    expected = make(torch.stack([x[0].flip(-1), x[1], x[2].flip(-1)]), (16, 12))
+    assert torch.equal(make(x, (16, 12), flip=flip), expected)
+    assert torch.equal(make(x, (32, 24), flip=flip)[2], x[2].flip(-1))
+    with pytest.raises(ValueError, match="flip is bool"):
+        make(x, 16, flip=flip[:2])
+
+
+def test_compiles_in_one_graph():
+    def reduce(x, z):
+        return lowfreq_crop(x, 16, mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4)), resample(z, (12, 17))
+
+    torch._dynamo.reset()
+    compiled = torch.compile(reduce, fullgraph=True, backend="aot_eager")
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for seed in range(2):
+            x = torch.randint(0, 256, (2, 3, 32, 32), generator=torch.Generator().manual_seed(seed)).byte()
+            z = noise(2, 3, 24, 20).requires_grad_()
+            for found, expected in zip(compiled(x, z), reduce(x, z), strict=True):
+                torch.testing.assert_close(found, expected)
+            (gradient,) = torch.autograd.grad(compiled(x, z)[1].square().sum(), z)
+            torch.testing.assert_close(gradient, torch.autograd.grad(reduce(x, z)[1].square().sum(), z)[0])
 
 
 @pytest.mark.parametrize("align", ALIGN)

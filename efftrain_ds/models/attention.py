@@ -1,0 +1,160 @@
+"""Our attention in timm's Vision Transformers: packed qkv, and block masks that may change while training.
+
+The module keeps its parameters, their names and its place; only its class changes, to one with another `forward`. So
+optimizers, ZeRO partitions, compiled checkpoint formats and deep copies see the same model. What is new is a submodule
+``block_mask`` where a mask is given: its `keep` (bool, one number a block) is saved and loaded with the model as
+``blocks.0.attn.block_mask.keep``; the lists that kernels walk are rebuilt from it.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping
+from functools import cache
+
+import torch
+from timm.models.vision_transformer import Attention
+from torch import Tensor, nn
+
+from ..core.errors import ModelError, NoEffectWarning
+from ..kernels.attention import BlockMask, attention, attention_qkv, route_for
+
+Masks = Mapping[str, BlockMask | None] | Callable[[str, nn.Module], BlockMask | None] | None
+
+
+def use_block_attention(model: nn.Module, masks: Masks = None) -> list[str]:
+    """Let every timm ``Attention`` of a model run `kernels.attention`, in place.
+
+    Subclasses that keep timm's `forward` are taken too. Others (rotary, relative-position, differential or windowed
+    attention) stay as they are: their products are not the ones of our kernels. May be called again, to change masks
+    (another mask object makes compiled code compile again; `BlockMask.update_` does not) or after blocks were added.
+
+    Args:
+        model: any module with timm blocks inside.
+        masks: masks by module name ("blocks.0.attn"), or a function of name and module; layers without one attend to
+            everything. A mask is moved to its layer's device. Give each layer its own, or one object to several: then
+            it is one mask, saved under each name.
+
+    Returns:
+        Names of the modules that run our attention.
+
+    Raises:
+        ModelError: a name in `masks` that is not such a module, a mask for another number of heads, or a module in
+            training mode with attention dropout, which our kernels do not have.
+
+    Warns:
+        NoEffectWarning: nothing matched.
+    """
+    found = {name: module for name, module in model.named_modules() if _fits(module)}
+    if isinstance(masks, Mapping) and (unknown := sorted(set(masks) - set(found))):
+        here = dict(model.named_modules()).get(unknown[0])
+        what = "no module of this model" if here is None else f"a {type(here).__name__}, not timm's Attention"
+        raise ModelError(f'masks: "{unknown[0]}" is {what}; modules that can take a mask: {", ".join(found) or "none"}')
+    if not found:
+        others = sorted({type(m).__name__ for m in model.modules() if "attention" in type(m).__name__.lower()})
+        warnings.warn(
+            f"block attention: {type(model).__name__} has no timm Attention"
+            + (f"; its {', '.join(others)} cannot be replaced" if others else ""),
+            NoEffectWarning,
+            stacklevel=2,
+        )
+    chosen = {
+        name: masks(name, module) if callable(masks) else (masks or {}).get(name) for name, module in found.items()
+    }
+    for name, module in found.items():  # all checks before the first change
+        mask = chosen[name]
+        if mask is not None and mask.num_heads not in (1, module.num_heads):
+            raise ModelError(f"{name}: the mask is for {mask.num_heads} heads, the layer has {module.num_heads}")
+        if module.training:
+            _no_dropout(module, name)
+    for name, module in found.items():
+        if not isinstance(module, _BlockCore):
+            module.__class__ = _adapted(type(module))
+        mask = chosen[name]
+        device = module.qkv.weight.device
+        if mask is not None and device.type != "meta":
+            mask.to(device)
+        module.register_module("block_mask", mask)
+        module.attention_route = "auto"
+    return list(found)
+
+
+def update_routes(model: nn.Module, dtype: torch.dtype | None = None) -> dict[str, str]:
+    """Choose between SDPA and the block-sparse kernels for each masked layer by the mask's sparsity now.
+
+    Reads the masks from their device, so call it where masks are changed, on every rank alike. A layer whose route
+    changes is compiled again.
+
+    Args:
+        model: after `use_block_attention`.
+        dtype: of q, k and v; default that of the layer's weights (give bf16 or fp16 under autocast).
+
+    Returns:
+        The route by module name.
+    """
+    routes = {}
+    for name, module in model.named_modules():
+        if isinstance(module, _BlockCore):
+            route = route_for(module.block_mask, dtype or module.qkv.weight.dtype, module.head_dim)
+            if route != module.attention_route:
+                module.attention_route = route
+            routes[name] = route
+    return routes
+
+
+class _BlockCore(nn.Module):
+    """timm's ``Attention`` with another core; everything else as there."""
+
+    block_mask: BlockMask | None
+    attention_route: str
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        """Self-attention of tokens [B, N, C].
+
+        Raises:
+            ModelError: attention dropout in training, or a mask that is not the module's own.
+        """
+        if attn_mask is not None or is_causal:
+            raise ModelError("block attention takes no attn_mask and is not causal; give a BlockMask to the module")
+        if self.training:
+            _no_dropout(self, type(self).__name__)
+        batch, tokens, _ = x.shape
+        gate = getattr(self, "gate", None)
+        share = gate(x).sigmoid() if gate is not None else None
+        qkv = self.qkv(x).reshape(batch, tokens, 3, self.num_heads, self.head_dim)
+        if isinstance(self.q_norm, nn.Identity) and isinstance(self.k_norm, nn.Identity):
+            out = attention(qkv, self.block_mask, self.scale, route=self.attention_route)
+        else:
+            q, k, v = qkv.unbind(2)
+            q, k = self.q_norm(q), self.k_norm(k)
+            out = attention_qkv(q, k, v, self.block_mask, self.scale, route=self.attention_route)
+        out = self.norm(out.reshape(batch, tokens, self.num_heads * self.head_dim))
+        if share is not None:
+            out = out * share
+        return self.proj_drop(self.proj(out))
+
+
+class BlockAttention(_BlockCore, Attention):
+    """timm's ``Attention`` on our kernels; made by `use_block_attention`, not by its constructor."""
+
+
+def _fits(module: nn.Module) -> bool:
+    return isinstance(module, _BlockCore) or (
+        isinstance(module, Attention) and type(module).forward is Attention.forward
+    )
+
+
+@cache
+def _adapted(kind: type[nn.Module]) -> type[nn.Module]:
+    """The class with our forward for timm's class or one derived from it (that one cannot be pickled)."""
+    if kind is Attention:
+        return BlockAttention
+    return type(f"Block{kind.__name__}", (_BlockCore, kind), {"__module__": kind.__module__})
+
+
+def _no_dropout(module: nn.Module, name: str) -> None:
+    if module.attn_drop.p > 0:
+        raise ModelError(
+            f"{name}: attention dropout is {module.attn_drop.p}, which the kernels do not have; build the model with "
+            "attn_drop_rate=0 (drop path and proj_drop are fine)"
+        )

@@ -1,0 +1,89 @@
+"""Which implementation an operation runs: its Triton kernels or plain torch.
+
+``EFFTRAIN_KERNELS=reference`` forces plain torch, ``EFFTRAIN_KERNELS=triton`` forces the kernels (an error where they
+cannot run). Without it the kernels run on NVIDIA GPUs from compute capability 8.0 on, everything else in plain torch.
+With ``TRITON_INTERPRET=1`` (set before Triton is imported) the same kernels run on the CPU, slowly: for tests.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+from functools import lru_cache
+
+import torch
+
+logger = logging.getLogger(__name__)
+
+VARIABLE = "EFFTRAIN_KERNELS"
+SIDES = ("", "reference", "triton")
+MIN_CAPABILITY = (8, 0)
+_said: set[str] = set()
+
+
+def requested() -> str:
+    """The forced side: "reference", "triton" or "" for none.
+
+    Raises:
+        ValueError: the environment variable has another value.
+    """
+    side = os.environ.get(VARIABLE, "")
+    if side not in SIDES:
+        raise ValueError(f'{VARIABLE} is "reference" or "triton", found {side!r}')
+    return side
+
+
+@lru_cache(maxsize=1)
+def interpreted() -> bool:
+    """True where Triton kernels run through its interpreter, as decided when the first kernel was defined."""
+    if importlib.util.find_spec("triton") is None:
+        return False
+    from triton import knobs
+
+    return bool(knobs.runtime.interpret)
+
+
+@lru_cache(maxsize=16)
+def why_not(device_type: str, index: int = 0) -> str | None:
+    """Why Triton kernels cannot run on a device; None where they can."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    if interpreted():
+        return None
+    if device_type != "cuda":
+        return f"no Triton kernels for {device_type} tensors (TRITON_INTERPRET=1 runs them there, for tests)"
+    if torch.version.hip is not None:
+        return "the kernels are made for NVIDIA GPUs"
+    found = torch.cuda.get_device_capability(index)
+    if found < MIN_CAPABILITY:
+        return f"compute capability {found[0]}.{found[1]} is below {MIN_CAPABILITY[0]}.{MIN_CAPABILITY[1]}"
+    return None
+
+
+def use_triton(op: str, device: torch.device, unable: str | None = None) -> bool:
+    """Decide between the kernels and plain torch, and say once where a GPU has to do without.
+
+    Args:
+        op: name of the operation.
+        device: where its tensors are.
+        unable: why the kernels cannot take these arguments (a dtype, a size); None where they can.
+
+    Raises:
+        RuntimeError: the kernels are forced and cannot run.
+        ValueError: see `requested`.
+    """
+    side = requested()
+    if side == "reference":
+        return False
+    reason = why_not(device.type, device.index or 0) or unable
+    if side == "triton":
+        if reason is not None:
+            raise RuntimeError(f"{VARIABLE}=triton, but {op} cannot run its kernels: {reason}")
+        return True
+    if reason is None:
+        return device.type == "cuda"
+    if f"{op}: {reason}" not in _said:
+        _said.add(f"{op}: {reason}")
+        logger.log(logging.WARNING if device.type == "cuda" else logging.DEBUG, "%s runs in torch: %s", op, reason)
+    return False

@@ -1,0 +1,107 @@
+"""The benchmark's steps on a CPU: it has to work the first time that a GPU is at hand."""
+
+import importlib.util
+import math
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+FOLDER = Path(__file__).resolve().parents[2] / "benchmarks"
+
+
+@pytest.fixture
+def script(monkeypatch):
+    monkeypatch.setenv("EFFTRAIN_KERNELS", "reference")
+    monkeypatch.syspath_prepend(str(FOLDER))
+    spec = importlib.util.spec_from_file_location("benchmarks_kernels", FOLDER / "kernels.py")
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, module)  # its dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="it would run on this GPU")
+def test_needs_a_gpu(script, capsys):
+    assert script.main([]) == 2
+    captured = capsys.readouterr()
+    assert captured.err == "benchmarks/kernels.py needs an NVIDIA GPU; --dry runs its steps on a CPU.\n"
+    assert captured.out == ""
+
+
+def test_two_cases(script, capsys):
+    assert script.main(["--dry", "--only", "crop 224 to 96", "--only", "DeiT-S 197 dense"]) == 0
+    out = capsys.readouterr().out
+    assert "crop 224 to 96, 2 images, forward: ran, with 4 peers" in out
+    for step in script.PASSES:
+        assert f"DeiT-S 197 dense, {step}: ran, with 3 peers" in out
+    assert "8 rows, 0 failures" in out
+
+
+@pytest.mark.slow
+def test_every_case(script, capsys):
+    assert script.main(["--dry"]) == 0
+    out = capsys.readouterr().out
+    assert "0 failures" in out
+    assert "WRONG" not in out
+    ran = {line.rsplit(": ran", 1)[0] for line in out.splitlines() if ": ran" in line}
+    assert {f"{case}, {step}" for case, step in script.TARGETS} <= ran
+
+
+def test_wrong_variants_are_not_timed(script, monkeypatch, capsys):
+    import kernel_peers
+
+    right = kernel_peers.attention
+    monkeypatch.setattr(kernel_peers, "attention", lambda *args, **more: right(*args, **more) * 1.05)
+    assert script.main(["--dry", "--only", "DeiT-S 65 dense"]) == 1
+    out = capsys.readouterr().out
+    assert "DeiT-S 65 dense, ours: WRONG, errors out 5.0e-02" in out
+    assert "0 rows, 1 failures" in out
+
+
+def test_peers_agree_on_photographs(script, capsys):
+    # tiny images are all edge: the tolerance of the peers is that of real sizes
+    import kernel_peers
+
+    device = torch.device("cpu")
+    pixels = kernel_peers.photographs(1, 224, device, 0)
+    reference = kernel_peers.crop_reference(pixels, 96)
+    for name, function in kernel_peers.crop_alternatives(96, device, dry=True).items():
+        error = kernel_peers.relative_error(function(pixels), reference)
+        assert error < (script.CROP_TOLERANCE if name == "ours" else script.CROP_PEERS) or name == "interpolate", name
+
+
+def test_work_and_rows(script):
+    # DeiT-S, 197 tokens, 256 images: 52 us of bytes at 3 TB/s, 19 us of products at 790 TFLOP/s
+    size, flops = script.attention_work((256, 197, 6, 64), 2, 1.0, "forward")
+    assert size / 3.0e12 * 1e6 == pytest.approx(52, abs=0.5)
+    assert flops / 790e12 * 1e6 == pytest.approx(19, abs=0.5)
+    half = script.attention_work((256, 197, 6, 64), 2, 0.5, "fwd+bwd")
+    assert half[0] == pytest.approx(3 * size)
+    assert half[1] == pytest.approx(7 / 2 * flops / 2)
+    bench = script.Bench(torch.device("cpu"), 1.0)
+    bench.ceilings = {"tflops": 790.0, "tbs": 3.0}
+    timing = sys.modules["efftrain_ds.kernels.timing"].Timing
+    times = {"ours": timing((100.0,) * 3), "a": timing((150.0, 130.0, 140.0)), "b": timing((200.0,) * 3)}
+    bench.add("x", "forward", times, (size, flops), target=(1.3, 1.5))
+    row = bench.rows[0]
+    assert (row["peer"], row["ratio"], row["ratio_range"]) == ("a", 1.4, [1.3, 1.5])
+    assert row["reached"] == "must"
+    assert row["percent_of_floor"] == pytest.approx(52, abs=0.5)
+    assert math.isclose(row["tbs"], size / 100e-6 / 1e12)
+    bench.add("x", "forward", times, (size, flops), target=(1.5, 2.0), peers=["a"])
+    assert bench.rows[1]["reached"] == "MISSED"
+
+
+def test_deadline_and_failures_are_notes(script):
+    bench = script.Bench(torch.device("cpu"), 0.0)
+    bench.guarded("late", lambda: pytest.fail("must not run"))
+    assert bench.notes == ["late: not run, the time was over"]
+    bench = script.Bench(torch.device("cpu"), 1.0)
+
+    def fails():
+        raise RuntimeError("boom")
+
+    bench.guarded("case", fails)
+    assert bench.notes == ["case: FAILED RuntimeError: boom"]

@@ -1,0 +1,122 @@
+"""The code gate: the rules on small kernels that break one each, then the shipped kernels.
+
+The gate runs in processes of its own, without TRITON_INTERPRET, so that kernels are compiled ones.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="the code gate compiles with Triton")
+
+from efftrain_ds.kernels.gate import Compiled, GateCase, check, collect, compile_kernel, main, recorded
+
+HERE = Path(__file__).parent
+
+
+def gate(*arguments, timeout=280):
+    """Exit code and rows of one run of the gate."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(HERE), environment.get("PYTHONPATH", "")])
+    command = [sys.executable, "-m", "efftrain_ds.kernels.gate", "--json", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, timeout=timeout)
+    assert done.stdout.startswith("{"), done.stderr
+    rows = json.loads(done.stdout)["cases"]
+    return done.returncode, {(row["name"], row["capability"]): row for row in rows}
+
+
+def violations(rows):
+    return {f"{name} sm_{capability}": row["wrong"] for (name, capability), row in rows.items() if row["wrong"]}
+
+
+def test_rules_on_samples():
+    code, rows = gate("--module", "gate_samples")
+    assert code == 1
+    wrong = {name: row["wrong"] for (name, _), row in rows.items()}
+    assert wrong["good"] == wrong["ampere"] == []
+    assert len(wrong["mma instead of wgmma"]) == 2
+    assert wrong["mma instead of wgmma"][0] == "no HGMMA"
+    assert wrong["spilling"][0].startswith("spills: ")
+    assert wrong["shared"] == ["131072 bytes of shared memory, at most 101376"]
+    assert "wrong: b, bb, c" in wrong["unknown argument"][0]
+    assert wrong["recorded"] == []
+    assert {**rows["recorded", 90], "name": "", "seconds": 0} == {**rows["good", 90], "name": "", "seconds": 0}
+    good, ampere = rows["good", 90], rows["ampere", 80]
+    assert good["instructions"]["HGMMA"] > 0
+    assert good["instructions"]["HMMA"] == 0
+    assert ampere["instructions"]["HMMA"] > 0
+    assert 0 < good["registers"] <= 255
+    assert good["instructions"]["MUFU.EX2"] == 32  # 64 x 64 values of 128 threads
+    assert rows["spilling", 90]["stack_bytes"] > 0
+    assert rows["spilling", 90]["spills"] > 0
+    assert good["shared_bytes"] % 1024 == 0
+    assert good["shared_bytes"] >= 2 * 64 * 64 * 2
+
+
+def test_shipped_kernels_quick():
+    code, rows = gate("--quick")
+    assert violations(rows) == {}
+    assert code == 0
+    assert all(capability == 90 for _, capability in rows)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(2500)
+@pytest.mark.parametrize("capability", [80, 89, 90])
+def test_shipped_kernels(capability):
+    code, rows = gate("--capability", str(capability), timeout=2400)
+    assert violations(rows) == {}
+    assert code == 0
+
+
+def compiled(**changes):
+    counts = changes.pop("instructions", {"HGMMA": 4})
+    return Compiled(
+        **({"registers": 128, "shared_bytes": 50000, "stack_bytes": 0, "spills": 0} | changes),
+        **{"instructions": Counter(counts)},
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "capability", "wgmma", "text"),
+    [
+        ({}, 90, True, None),
+        ({"instructions": {"HMMA": 8}}, 89, False, None),
+        ({"shared_bytes": 227 * 1024}, 90, True, None),
+        ({"shared_bytes": 227 * 1024 + 1}, 90, True, "232449 bytes"),
+        ({"shared_bytes": 163 * 1024 + 1}, 80, False, "166913 bytes"),
+        ({"shared_bytes": 99 * 1024 + 1}, 89, False, "101377 bytes"),
+        ({"registers": 256}, 90, True, "256 registers"),
+        ({"stack_bytes": 8}, 90, True, "8 bytes of stack"),
+        ({"spills": 2, "instructions": {"HGMMA": 1, "LDL": 1, "STL": 1}}, 90, True, "1 local loads, 1 local stores"),
+        ({"instructions": {}}, 90, True, "no HGMMA"),
+        ({"instructions": {"HGMMA": 4, "HMMA": 2}}, 90, True, "2 HMMA beside 4 HGMMA"),
+        ({}, 75, False, "no shared memory limit"),
+    ],
+)
+def test_check(changes, capability, wgmma, text):
+    found = check(compiled(**changes), GateCase("x", None, {}, {}, capability=capability, wgmma=wgmma))
+    assert len(found) == (text is not None)
+    assert text is None or text in found[0]
+
+
+def test_refuses_interpreted_kernels_and_double_names(monkeypatch, capsys):
+    with pytest.raises(RuntimeError, match="unset TRITON_INTERPRET"):
+        compile_kernel(lambda: None, {}, {})
+    assert collect(["no_such_module"]) == []
+    monkeypatch.syspath_prepend(str(HERE))
+    with monkeypatch.context() as patch:
+        patch.setenv("TRITON_INTERPRET", "1")
+        with pytest.raises(RuntimeError, match="unset TRITON_INTERPRET"):
+            recorded(lambda: None)
+    with pytest.raises(ValueError, match="two gate cases of one name"):
+        collect(["gate_samples", "gate_samples"])
+    assert main(["--module", "gate_samples", "--only", "nothing"]) == 2
+    assert "no such case" in capsys.readouterr().err
+    assert main(["--module", "gate_samples", "--list", "--quick"]) == 0
+    assert capsys.readouterr().out == "sm_80 ampere\n"
