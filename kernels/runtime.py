@@ -19,6 +19,9 @@ logger = logging.getLogger(__name__)
 VARIABLE = "EFFTRAIN_KERNELS"
 SIDES = ("", "reference", "triton")
 MIN_CAPABILITY = (8, 0)
+FUSED = {"enable_fp_fusion": True}
+"""Option of every launch: fused multiply-add, said aloud because newer Triton versions will not do it by default."""
+
 _said: set[str] = set()
 
 

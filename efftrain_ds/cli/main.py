@@ -23,6 +23,7 @@ VERBS: tuple[tuple[str, str], ...] = (
     ("inspect", "show what is in a checkpoint, and whether it is good"),
     ("export", "write a checkpoint's model for timm, a hub, or ONNX"),
     ("report", "write one HTML page and a picture of a run, or compare runs"),
+    ("bench", "time the GPU kernels on this machine, or tune them"),
     ("schema", "write the JSON Schema of the configuration, for editors"),
 )
 """Every verb with its line in the help."""

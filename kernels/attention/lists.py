@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..runtime import interpreted
+from ..runtime import FUSED, interpreted
 
 if TYPE_CHECKING:
     from ..gate import GateCase
@@ -26,8 +26,6 @@ if TYPE_CHECKING:
 BLOCKS = (16, 32, 64, 128)
 HEAD_DIMS = {16: (16, 0), 32: (32, 0), 48: (32, 16), 64: (64, 0), 80: (64, 16), 96: (64, 32), 128: (128, 0)}
 """Head dims and the two parts they are computed in."""
-FUSED = {"enable_fp_fusion": True}
-"""One instruction for score * scale - maximum; from Triton 3.10 on it has to be asked for."""
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 

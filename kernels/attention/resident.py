@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..gate import GateCase
-from ..runtime import interpreted
+from ..runtime import FUSED, interpreted
 from .resident_bwd import backward_kernel
 from .resident_fwd import forward_kernel
 from .table import Launch
@@ -137,6 +137,7 @@ def _common(q: Tensor, row_bits: Tensor | None, block: int, launch: Launch) -> d
         "PRECISION": launch.precision,
         "num_warps": launch.num_warps,
         "num_stages": launch.num_stages,
+        **FUSED,
     }
 
 

@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..blocks import product
-from ..runtime import interpreted
+from ..runtime import FUSED, interpreted
 from .tiles import CHUNK, ROWS, Operands, Tiles, tiles
 
 if TYPE_CHECKING:
@@ -253,7 +253,7 @@ def launch(
         **_constants(plan, flip is not None, operands.nyquist_h is not None, x.dtype == torch.uint8),
         ACC=tl.float64 if double else tl.float32,
         UPCAST=interpreted(),
-        **{**options(capability), **tuned},
+        **{**options(capability), **FUSED, **tuned},
     )
 
 

@@ -14,6 +14,7 @@ from efftrain_ds.core.errors import ConfigError, ModelError, NoEffectWarning, Pl
 from efftrain_ds.core.lr import learning_rate
 from efftrain_ds.core.registry import get_method
 from efftrain_ds.core.timeline import PlanSpec, merge_timelines
+from efftrain_ds.kernels import runtime
 from efftrain_ds.kernels.lowfreq_crop import lowfreq_crop, resample
 from efftrain_ds.methods.efficienttrain import EfficientTrain, EfficientTrainConfig
 from efftrain_ds.methods.efficienttrain.schedules import (
@@ -43,6 +44,12 @@ def context(spec, step, **config):
 def images(n=2, side=32, dtype=torch.uint8):
     x = torch.randint(0, 256, (n, 3, side, side), generator=torch.Generator().manual_seed(side))
     return x.to(torch.uint8) if dtype == torch.uint8 else (x / 255).to(dtype)
+
+
+@pytest.fixture
+def float_images(monkeypatch):
+    """For tests with floating-point images, which the crop's kernel refuses if it is forced."""
+    monkeypatch.delenv("EFFTRAIN_KERNELS", raising=False)
 
 
 # Schedules
@@ -229,7 +236,7 @@ SMALL = replace(SPEC, epochs=10, samples=640, batch=64, micro_batch=8, resolutio
         ({"lowpass": "bicubic"}, lambda x, **k: resample(x, 12, "bicubic", **k)),
     ],
 )
-def test_images_are_reduced(config, reduce):
+def test_images_are_reduced(config, reduce, float_images):
     ctx = context(SMALL, 0, **config)
     assert ctx.settings["bandwidth"] == 12
     x = images()
@@ -245,7 +252,21 @@ def test_images_are_reduced(config, reduce):
     assert torch.equal(batch.images, reduce(y))
 
 
-def test_full_bandwidth_leaves_the_batch_alone():
+@pytest.mark.skipif(not runtime.interpreted(), reason="needs TRITON_INTERPRET=1 before Triton is imported")
+@pytest.mark.parametrize("config", [{}, {"align": "grid", "nyquist": True}, {"lowpass": "lanczos"}])
+def test_kernel_and_torch_reduce_alike(config, monkeypatch):
+    ctx, x, reduced = context(SMALL, 0, **config), images(), {}
+    for side in ("reference", "triton"):
+        monkeypatch.setenv("EFFTRAIN_KERNELS", side)
+        batch = method(**config).on_batch(ctx, Batch(x.clone(), mean=MEAN, std=STD))
+        assert batch.normalized
+        reduced[side] = batch.images
+    assert reduced["triton"].dtype == torch.float32
+    assert not torch.equal(*reduced.values())  # two implementations did run
+    torch.testing.assert_close(*reduced.values(), rtol=0, atol=4e-3)
+
+
+def test_full_bandwidth_leaves_the_batch_alone(float_images):
     ctx = context(SMALL, 10**6)
     assert ctx.settings["bandwidth"] == 32
     for x in (images(), images(dtype=torch.float32)):
@@ -267,7 +288,7 @@ def test_bad_batches():
         et.on_batch(unplanned, Batch(images()))
 
 
-def test_flips_of_a_batch_are_flips_of_its_crop():
+def test_flips_of_a_batch_are_flips_of_its_crop(float_images):
     ctx, x = context(SMALL, 0), images(dtype=torch.float64)
     straight = method().on_batch(ctx, Batch(x)).images
     mirrored = method().on_batch(ctx, Batch(x.flip(-1))).images
@@ -308,7 +329,8 @@ def test_tiny_model_trains_at_every_bandwidth():
     seen = []
     for stage in schedule.stages:
         ctx = Context(engine=None, schedule=schedule, seed=0, step=stage.start_step, stage=stage)
-        batch = et.on_batch(ctx, Batch(images(4, dtype=torch.float32), torch.arange(4)))
+        kind = torch.uint8 if stage.settings["bandwidth"] < 32 else torch.float32
+        batch = et.on_batch(ctx, Batch(images(4, dtype=kind), torch.arange(4), mean=MEAN, std=STD))
         before = [p.detach().clone() for p in model.parameters()]
         loss = nn.functional.cross_entropy(model(batch.images), batch.labels)
         loss.backward()
