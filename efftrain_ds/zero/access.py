@@ -415,12 +415,17 @@ def frozen_fragments(engine: Any) -> tuple[list[tuple[str, int, Tensor]], frozen
             held.append((name, 0, parameter.data.reshape(-1)))
             replicated.add(name)
             continue
-        part = parameter.partition_numel()
-        start = torch.distributed.get_rank(parameter.ds_process_group) * part
-        length = min(part, parameter.ds_numel - start)
-        if length > 0:
-            held.append((name, start, parameter.ds_tensor.data.view(-1)[:length]))
+        start, part = partition(parameter)
+        if part.numel():
+            held.append((name, start, part))
     return held, frozenset(replicated), shapes
+
+
+def partition(parameter: nn.Parameter) -> tuple[int, Tensor]:
+    """(first element, 1-D view) of this rank's part of a parameter that ZeRO-3 has partitioned; padding is left out."""
+    part = parameter.partition_numel()
+    start = torch.distributed.get_rank(parameter.ds_process_group) * part
+    return start, parameter.ds_tensor.data.view(-1)[: max(0, min(part, parameter.ds_numel - start))]
 
 
 def zero_skipped_gradients(engine: Any, names: Iterable[str]) -> None:

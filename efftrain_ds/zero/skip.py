@@ -111,6 +111,23 @@ def scales_loss(engine: Any) -> bool:
     return bool(engine.fp16_enabled()) and bool(engine.dynamic_loss_scale())
 
 
+def loss_scale(engine: Any) -> float:
+    """Factor that the engine puts on the loss in the backward pass, beside one over the accumulation count.
+
+    Read it between the last backward pass of a step and ``engine.step()``, which may change it.
+    """
+    engine = getattr(engine, "deepspeed_engine", engine)
+    optimizer = engine.optimizer
+    if getattr(optimizer, "custom_loss_scaler", False):
+        return float(optimizer.external_loss_scale)
+    for owner, name in ((optimizer, "torch_autocast_gradscaler"), (engine, "torch_autocast_z0_gradscaler")):
+        scaler = getattr(owner, name, None)
+        if scaler is not None:
+            return float(scaler.get_scale())
+    # an optimizer that has only a `loss_scale_config` (stage 0) does not scale the loss
+    return float(getattr(getattr(optimizer, "loss_scaler", None), "cur_scale", 1.0))
+
+
 def scale_is_exhausted(engine: Any) -> bool:
     """True where the loss scale stands at its minimum, so that a skipped step is no search any more."""
     scaler = getattr(engine.optimizer, "loss_scaler", None) or getattr(engine.optimizer, "loss_scale_config", None)
