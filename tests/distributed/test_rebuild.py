@@ -144,7 +144,7 @@ GROW_MORE = [
     pytest.param(3, "bf16", OFFLOAD, 2, marks=slow),
     pytest.param(1, "bf16_fp32", {}, 2, marks=slow),
     pytest.param(3, "bf16", {"sub_group_size": 500}, 2, marks=slow),
-    (1, "bf16", {}, 3),
+    pytest.param(1, "bf16", {}, 3, marks=slow),
     pytest.param(3, "fp16", {}, 2, marks=slow),
     (3, "bf16", {"keep_old": False}, 2),
     pytest.param(1, "bf16", {"keep_old": False}, 2, marks=slow),
@@ -284,7 +284,7 @@ def test_a_failure_without_the_old_state_says_so(ranks):
         assert "the old state was given up (keep_old is false)" in text
 
 
-@pytest.mark.parametrize("stage", [2, 3, pytest.param(0, marks=slow), pytest.param(1, marks=slow)])
+@pytest.mark.parametrize("stage", [3, *(pytest.param(stage, marks=slow) for stage in (0, 1, 2))])
 def test_nothing_of_a_replaced_engine_lives_on(ranks, stage):
     for result in ranks(jobs.leak_job, stage, 5):
         assert result["alive"] == [0] * 5
