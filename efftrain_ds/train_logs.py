@@ -20,7 +20,7 @@ from .observe.journal import Journal
 from .observe.tensorboard import TensorBoard
 from .observe.wandb import Boards, WandB
 
-_SHOWN = ("rebuild", "growth", "growth_search", "unfreeze_search", "nonfinite")
+_SHOWN = ("rebuild", "growth", "growth_search", "unfreeze_search", "mask_update", "nonfinite")
 """Events of the journal that TensorBoard shows as text."""
 
 

@@ -9,6 +9,7 @@ BUILTIN_MODULES: tuple[str, ...] = (
     "efftrain_ds.methods.efficienttrain.method",
     "efftrain_ds.methods.autoprog.method",
     "efftrain_ds.methods.autoprog.unfreeze",
+    "efftrain_ds.methods.svite.method",
 )
 """Modules that register a method when they are imported; names only, so that none is loaded too early."""
 

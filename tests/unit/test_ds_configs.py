@@ -12,7 +12,7 @@ from efftrain_ds.planning import make_plan
 
 ROOT = Path(__file__).resolve().parents[2]
 FILES = sorted((ROOT / "ds_configs").glob("*.json"))
-RELATIVE = {"efficienttrain": (0.6, 1.01), "autoprog": (0.4, 0.6), "autoprog_zero": (0.4, 1.01)}
+RELATIVE = {"efficienttrain": (0.6, 1.01), "autoprog": (0.4, 0.6), "autoprog_zero": (0.4, 1.01), "svite": (0.99, 1.01)}
 """Cost of a run that has only this method, relative to dense training of as many epochs."""
 
 

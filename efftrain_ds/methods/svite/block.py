@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ...core.errors import ModelError
+from ...core.ranks import rank
 from .densities import Shapes, grid_shapes, mask_rng
 from .rules import Rule, Update, check_choices, grow_after_drop, random_order, top_k
 
@@ -48,7 +49,8 @@ def small_grids(shapes: Shapes, block: int) -> list[str]:
     """
     small = [name for name, (rows, columns) in grid_shapes(shapes, block).items() if rows * columns < SMALLEST_GRID]
     for name in small:
-        _log.warning("%s %s stays dense: under %d blocks of %d", name, list(shapes[name]), SMALLEST_GRID, block)
+        if rank() == 0:
+            _log.warning("%s %s stays dense: under %d blocks of %d", name, list(shapes[name]), SMALLEST_GRID, block)
     return small
 
 

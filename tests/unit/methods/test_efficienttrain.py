@@ -2,6 +2,7 @@ import logging
 import math
 from dataclasses import replace
 from fractions import Fraction
+from functools import partial
 
 import pytest
 import torch
@@ -44,6 +45,18 @@ def context(spec, step, **config):
 def images(n=2, side=32, dtype=torch.uint8):
     x = torch.randint(0, 256, (n, 3, side, side), generator=torch.Generator().manual_seed(side))
     return x.to(torch.uint8) if dtype == torch.uint8 else (x / 255).to(dtype)
+
+
+@pytest.fixture(
+    params=[
+        "reference",
+        pytest.param("triton", marks=pytest.mark.skipif(not runtime.interpreted(), reason="needs TRITON_INTERPRET=1")),
+    ]
+)
+def side(request, monkeypatch):
+    """Both implementations of the crop of 8-bit images; floating-point ones go through torch alone."""
+    monkeypatch.setenv("EFFTRAIN_KERNELS", request.param)
+    return request.param
 
 
 @pytest.fixture
@@ -236,7 +249,7 @@ SMALL = replace(SPEC, epochs=10, samples=640, batch=64, micro_batch=8, resolutio
         ({"lowpass": "bicubic"}, lambda x, **k: resample(x, 12, "bicubic", **k)),
     ],
 )
-def test_images_are_reduced(config, reduce, float_images):
+def test_images_are_reduced(config, reduce, side):
     ctx = context(SMALL, 0, **config)
     assert ctx.settings["bandwidth"] == 12
     x = images()
@@ -246,10 +259,16 @@ def test_images_are_reduced(config, reduce, float_images):
     assert batch.images.dtype == torch.float32
     assert torch.equal(batch.images, reduce(x, mean=MEAN, std=STD))
     assert batch.labels is labels
+
+
+@pytest.mark.parametrize("config", [{}, {"lowpass": "lanczos"}])
+def test_float_images_are_reduced(config, float_images):
+    ctx = context(SMALL, 0, **config)
+    reduce = resample if config else partial(lowfreq_crop, exact=False)
     y = images(dtype=torch.bfloat16)
     batch = method(**config).on_batch(ctx, Batch(y))
     assert batch.images.dtype == torch.bfloat16
-    assert torch.equal(batch.images, reduce(y))
+    assert torch.equal(batch.images, reduce(y, 12))
 
 
 @pytest.mark.skipif(not runtime.interpreted(), reason="needs TRITON_INTERPRET=1 before Triton is imported")
@@ -342,6 +361,28 @@ def test_tiny_model_trains_at_every_bandwidth():
         seen.append(batch.images.shape[-1])
     assert sorted(set(seen)) == [12, 24, 32]
     assert seen == sorted(seen)
+
+
+def test_tiny_model_trains_on_the_kernels_images(side):
+    name, kwargs = TINY_MODEL["name"], TINY_MODEL["kwargs"]
+    torch.manual_seed(0)
+    et = method(**CONFIG)
+    model = create_model(name, resolution=32, num_classes=TINY_MODEL["num_classes"], dynamic=True, **kwargs)
+    model = et.prepare_model(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    spec = replace(SMALL, stride=model_stride(name, kwargs))
+    schedule = merge_timelines([et.plan(spec)], spec)
+    losses = []
+    for step in range(2):
+        ctx = Context(engine=None, schedule=schedule, seed=0, step=step, stage=schedule.stage_at(step))
+        batch = et.on_batch(ctx, Batch(images(4), torch.arange(4), mean=MEAN, std=STD))
+        assert batch.images.shape[-1] == ctx.settings["bandwidth"] < 32
+        loss = nn.functional.cross_entropy(model(batch.images), batch.labels)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[1] < losses[0]
 
 
 def test_stage_is_a_function_of_the_step():
