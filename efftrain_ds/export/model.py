@@ -103,13 +103,15 @@ def load(spec: ModelSpec, found: Checkpoint, *, average: bool = False, **kwargs:
         **kwargs: further arguments of `timm.create_model` that change no parameter.
 
     Raises:
-        CheckpointError: parameters or buffers of the checkpoint are not the model's.
+        CheckpointError: parameters or buffers of the checkpoint are not the model's, or block masks prune attention.
     """
     model = spec.create(**kwargs).float().eval()
     _check(spec, found, model)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(found.parameter(name, average=average))
+            if f"{name}_mask" in found.buffers:  # sparse training: what the forward pass computed with
+                parameter.mul_(found.buffer(f"{name}_mask"))
         for name, buffer in model.named_buffers():
             if name in found.buffers:
                 buffer.copy_(found.buffer(name))
@@ -179,13 +181,40 @@ def _refused(found: Checkpoint, spec: ModelSpec, why: str) -> CheckpointError:
 def _check(spec: ModelSpec, found: Checkpoint, model: nn.Module) -> None:
     problem = _difference(_shapes(found), model)
     buffers = dict(model.named_buffers())
+    masks = _block_masks(found)
     wrong = [
         f"buffer {name} is {shape}, timm's is {list(buffers[name].shape) if name in buffers else None}"
         for name, shape in found.buffers.items()
-        if name not in buffers or list(buffers[name].shape) != shape
+        if not name.startswith(masks)
+        and not _of_weight(name, found)
+        and (name not in buffers or list(buffers[name].shape) != shape)
     ]
     if problem is not None or wrong:
         raise _refused(found, spec, problem or wrong[0])
+
+
+def _of_weight(name: str, found: Checkpoint) -> bool:
+    """True for the mask of a weight (and the wider one for its gradient), which the exported weight has in it."""
+    return any(name.endswith(tail) and name.removesuffix(tail) in _shapes(found) for tail in ("_mask", "_backward"))
+
+
+def _block_masks(found: Checkpoint) -> tuple[str, ...]:
+    """Prefixes of the buffers of block masks. One that keeps every block changes nothing and is left out of the model.
+
+    Raises:
+        CheckpointError: a mask prunes blocks.
+    """
+    tail = ".block_mask.keep"
+    names = sorted(name.removesuffix(tail) for name in found.buffers if name.endswith(tail))
+    pruned = [name for name in names if not found.buffer(f"{name}{tail}").all()]
+    if pruned:
+        raise CheckpointError(
+            f"{found.folder}: {len(pruned)} attention layers prune blocks with a mask ({', '.join(pruned[:3])}"
+            f"{', ...' if pruned[3:] else ''}), which timm's attention does not have; without it the outputs are "
+            "others. In your own code: timm.create_model, efftrain_ds.models.attention.use_block_attention with a "
+            "BlockMask of each stored keep (checkpoint.reader.Checkpoint.buffer), weights by Checkpoint.parameter"
+        )
+    return tuple(f"{name}.block_mask." for name in names)
 
 
 def _difference(shapes: Mapping[str, list[int]], model: nn.Module) -> str | None:

@@ -4,6 +4,10 @@ The module keeps its parameters, their names and its place; only its class chang
 optimizers, ZeRO partitions, compiled checkpoint formats and deep copies see the same model. What is new is a submodule
 ``block_mask`` where a mask is given: its `keep` (bool, one number a block) is saved and loaded with the model as
 ``blocks.0.attn.block_mask.keep``; the lists that kernels walk are rebuilt from it.
+
+A rebuild of the engine makes new modules. They hold the masks' present values, but they are other objects, and their
+routes are those of the model that was given to ``initialize``: after a rebuild fetch the masks from ``engine.module``
+again and call `update_routes`.
 """
 
 from __future__ import annotations
@@ -18,6 +22,7 @@ from torch import Tensor, nn
 
 from ..core.errors import ModelError, NoEffectWarning
 from ..kernels.attention import BlockMask, attention, attention_qkv, route_for
+from ..zero.access import full_shape
 
 Masks = Mapping[str, BlockMask | None] | Callable[[str, nn.Module], BlockMask | None] | None
 
@@ -32,8 +37,8 @@ def use_block_attention(model: nn.Module, masks: Masks = None) -> list[str]:
     Args:
         model: any module with timm blocks inside.
         masks: masks by module name ("blocks.0.attn"), or a function of name and module; layers without one attend to
-            everything. A mask is moved to its layer's device. Give each layer its own, or one object to several: then
-            it is one mask, saved under each name.
+            everything. A mask is moved to its layer's device, that of the accelerator where ZeRO-3 has partitioned
+            the weights. Give each layer its own, or one object to several: then it is one mask, saved under each name.
 
     Returns:
         Names of the modules that run our attention.
@@ -71,7 +76,7 @@ def use_block_attention(model: nn.Module, masks: Masks = None) -> list[str]:
         if not isinstance(module, _BlockCore):
             module.__class__ = _adapted(type(module))
         mask = chosen[name]
-        device = module.qkv.weight.device
+        device = _device_of(module)
         if mask is not None and device.type != "meta":
             mask.to(device)
         module.register_module("block_mask", mask)
@@ -82,8 +87,8 @@ def use_block_attention(model: nn.Module, masks: Masks = None) -> list[str]:
 def update_routes(model: nn.Module, dtype: torch.dtype | None = None) -> dict[str, str]:
     """Choose between SDPA and the block-sparse kernels for each masked layer by the mask's sparsity now.
 
-    Reads the masks from their device, so call it where masks are changed, on every rank alike. A layer whose route
-    changes is compiled again.
+    Reads the masks from their device, so call it where masks are changed and after a rebuild of the engine, on every
+    rank alike. A layer whose route changes is compiled again.
 
     Args:
         model: after `use_block_attention`.
@@ -150,6 +155,14 @@ def _adapted(kind: type[nn.Module]) -> type[nn.Module]:
     if kind is Attention:
         return BlockAttention
     return type(f"Block{kind.__name__}", (_BlockCore, kind), {"__module__": kind.__module__})
+
+
+def _device_of(module: nn.Module) -> torch.device:
+    """Where the layer computes. A partitioned weight may rest elsewhere: in host memory, with offloaded parameters."""
+    weight = module.qkv.weight
+    if full_shape(weight) == weight.shape or not torch.accelerator.is_available():
+        return weight.device
+    return torch.accelerator.current_accelerator() or weight.device
 
 
 def _no_dropout(module: nn.Module, name: str) -> None:

@@ -31,7 +31,6 @@ class BlockLists(NamedTuple):
     col_cnt: Tensor
     col_idx: Tensor
     row_bits: Tensor
-    head_order: Tensor
 
 
 def block_lists(keep: Tensor) -> BlockLists:
@@ -47,8 +46,7 @@ def block_lists(keep: Tensor) -> BlockLists:
         row_bits = (keep.long() << bit).sum(-1)  # bit 63 is the sign: kernels shift and mask, they never compare
     else:
         row_bits = keep.new_zeros(keep.shape[:2], dtype=torch.int64)
-    head_order = row_cnt.sum(1).argsort(descending=True, stable=True).int()
-    return BlockLists(row_cnt, row_idx, col_cnt, col_idx, row_bits, head_order)
+    return BlockLists(row_cnt, row_idx, col_cnt, col_idx, row_bits)
 
 
 def _ordered(keep: Tensor) -> tuple[Tensor, Tensor]:
@@ -74,7 +72,6 @@ class BlockMask(nn.Module):
         col_cnt: int32 [Hm, nK], query blocks that see a key block.
         col_idx: int32 [Hm, nK, nQ], their indices ascending, then the others.
         row_bits: int64 [Hm, nQ], bit j set where key block j is kept; zeros where nK > 64.
-        head_order: int32 [Hm], heads by kept blocks, most first (ties by index): heavy programs start first.
 
     Attributes:
         q_len: queries Nq.
@@ -88,7 +85,6 @@ class BlockMask(nn.Module):
     col_cnt: Tensor
     col_idx: Tensor
     row_bits: Tensor
-    head_order: Tensor
 
     def __init__(self, keep: Tensor, q_len: int, kv_len: int, block: int = 64) -> None:
         """Copy `keep` and build its lists.
@@ -115,7 +111,6 @@ class BlockMask(nn.Module):
         self.register_buffer("keep", keep.detach().clone(memory_format=torch.contiguous_format))
         for name, value in block_lists(self.keep)._asdict().items():
             self.register_buffer(name, value, persistent=False)
-        self._kept: tuple[int, ...] | None = None
 
     @classmethod
     def full(
@@ -151,8 +146,8 @@ class BlockMask(nn.Module):
     def density(self) -> float:
         """Share of the blocks that are kept, 0 to 1.
 
-        Read from the device once after each update (a host sync): ask outside of compiled code. Updates replayed from
-        a captured graph do not pass through Python, so the number is that of the last `update_` call.
+        Read from the device every time (a host sync), because buffers also change without this class: by a rebuild of
+        the engine, a checkpoint, a replayed graph. Ask outside of compiled code, and not in every step.
         """
         kept = self._counts()
         return sum(kept) / (len(kept) * self.keep.shape[1] * self.keep.shape[2])
@@ -283,13 +278,10 @@ class BlockMask(nn.Module):
     def _rebuild(self) -> None:
         for name, value in block_lists(self.keep)._asdict().items():
             getattr(self, name).copy_(value)
-        self._kept = None
 
     def _counts(self) -> tuple[int, ...]:
         """Kept blocks per head, on the host."""
-        if self._kept is None:
-            self._kept = tuple(self.row_cnt.sum(1).tolist())
-        return self._kept
+        return tuple(self.row_cnt.sum(1).tolist())
 
     def _load_from_state_dict(
         self,

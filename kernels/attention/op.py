@@ -5,14 +5,16 @@ Shape legend: B batch, N tokens (Nq queries, Nk keys), H heads, D head dim.
 **Which implementation runs.** ``EFFTRAIN_KERNELS`` wins, then the argument `route`, then the table for the GPU. The
 choice is made on the host and never waits for the device: it depends on the device, the dtype, D, the length's bucket
 (64, 128, 256, longer) and on whether a mask is given, but not on what the mask holds. So a mask may change at every
-step, and under torch.compile nothing is compiled again. Where its sparsity should count (below about 30 % pruned blocks
-SDPA with a dense mask is faster than the list kernels), the caller asks `route_for` when it has changed the mask,
-outside of the compiled code, and passes the answer as `route`; the code is compiled once per route. Compiled code keeps
-the choice between our operators and SDPA from the time it was compiled, also if the environment variable changes.
+step, and under torch.compile nothing is compiled again. Where its sparsity should count (with few pruned blocks, by an
+estimate under 30 %, SDPA with a dense mask is faster than the list kernels), the caller asks `route_for` when it has
+changed the mask, outside of the compiled code, and passes the answer as `route`; the code is compiled once per route.
+Compiled code keeps the choice between our operators and SDPA from the time it was compiled, also if the environment
+variable changes.
 """
 
 from __future__ import annotations
 
+from operator import index
 from typing import TYPE_CHECKING
 
 import torch
@@ -42,7 +44,8 @@ def attention(
         mask: block mask for N queries and N keys, on qkv's device; None for all.
         scale: factor of the products, > 0; default D ** -0.5.
         route: "auto", or one of "resident" (at most 256 tokens), "list", "sdpa", "reference"; see the module's text.
-        tf32: multiply fp32 inputs in TF32 (10-bit mantissas) in the kernels; default full fp32.
+        tf32: multiply fp32 inputs in TF32 (10-bit mantissas), default full fp32. Concerns our kernels only, and "auto"
+            gives fp32 to SDPA: name route="list" with it. SDPA follows torch's own settings.
 
     Returns:
         [B, N, H, D], contiguous, dtype of (cast) qkv.
@@ -113,8 +116,8 @@ def attention_qkv(
 def route_for(mask: BlockMask | None, dtype: torch.dtype, head_dim: int) -> str:
     """The `route` for a mask as it is now: "sdpa" where too few blocks are pruned for the kernels to win, else "auto".
 
-    Reads the mask's density, which waits for the device once after each change of the mask: call it where the mask is
-    changed, on every rank alike, not in the forward pass.
+    Reads the mask's density, which waits for the device: call it where the mask is changed, on every rank alike, not in
+    the forward pass.
 
     Args:
         mask: the mask.
@@ -179,11 +182,12 @@ def _kind(x: Tensor, n_q: int, n_k: int, dim: int, mask: BlockMask | None, route
     """
     block = 0 if mask is None else mask.block
     device = x.device
-    return _decide(device.type, device.index or 0, x.dtype, dim, bucket(n_q, n_k), block, route)
+    # D is symbolic under torch.compile(dynamic=True); index() makes it a number, with a guard, where int() does not
+    return _decide(device.type, device.index or 0, x.dtype, index(dim), bucket(n_q, n_k), block, route)
 
 
 @torch.compiler.assume_constant_result
-def _decide(device_type: str, index: int, dtype: torch.dtype, dim: int, length: str, block: int, route: str) -> str:
+def _decide(device_type: str, number: int, dtype: torch.dtype, dim: int, length: str, block: int, route: str) -> str:
     # constant for torch.compile: it would trace the environment, the table's files and Triton's settings
     if device_type == "meta":
         return "reference"  # shapes and FLOPs only
@@ -198,14 +202,14 @@ def _decide(device_type: str, index: int, dtype: torch.dtype, dim: int, length: 
     if side == "triton" or kernel != "auto":
         if unable is not None:
             raise ValueError(f"attention has no kernels for {unable}")
-        reason = runtime.why_not(device_type, index)
+        reason = runtime.why_not(device_type, number)
         if reason is not None:
             forced = f"{runtime.VARIABLE}=triton" if side else f"route={route!r}"
             raise RuntimeError(f"{forced}, but attention cannot run its kernels: {reason}")
         return kernel
-    if not runtime.use_triton("attention", torch.device(device_type, index), unable):
+    if not runtime.use_triton("attention", torch.device(device_type, number), unable):
         return "sdpa"
-    device = torch.device(device_type, index)
+    device = torch.device(device_type, number)
     key = key_for(device, dtype, dim, length, block > 0, block or BLOCK)
     return "sdpa" if lookup_key(key, device).prefer == "sdpa" else "auto"
 

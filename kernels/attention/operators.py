@@ -11,6 +11,7 @@ Shape legend: B batch, N tokens (Nq queries, Nk keys), H heads, D head dim.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import lru_cache
 from typing import Any
@@ -62,9 +63,25 @@ def _launch(
     return replace(launch, precision="tf32" if tf32 else "ieee")
 
 
+def kernels_of(q: Tensor, k: Tensor, v: Tensor, block: int, kernel: str) -> tuple[str, str]:
+    """Names of the kernels, "resident" or "list", that run forward and backward for `kernel`, with a mask.
+
+    Raises:
+        ValueError: those that are asked for cannot take these inputs.
+    """
+    lists: Lists = (q, *NO_LISTS[1:])  # only its presence counts
+    forward, backward = (_launch(q, k, v, lists, block, 1.0, kernel, False, side) for side in (False, True))
+    return forward.kernel, backward.kernel
+
+
 @lru_cache(maxsize=16)
 def _capability(index: int) -> tuple[int, int]:
     return torch.cuda.get_device_capability(index)
+
+
+def _current(device: torch.device) -> AbstractContextManager[Any]:
+    """Triton launches on the current device, whatever device its tensors are on."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def _run_forward(
@@ -80,14 +97,15 @@ def _run_forward(
             result, sums = attention_reference(q, k, v, allowed, scale)
         return out.copy_(result), lse.copy_(sums)
     launch = _launch(q, k, v, lists, block, scale, kernel, tf32, backward=False)
-    if launch.kernel == "resident":
-        from . import resident
+    with _current(q.device):
+        if launch.kernel == "resident":
+            from . import resident
 
-        resident.forward(q, k, v, out, lse, row_bits, block, scale, launch)
-    else:
-        from . import lists as list_kernels
+            resident.forward(q, k, v, out, lse, row_bits, block, scale, launch)
+        else:
+            from . import lists as list_kernels
 
-        list_kernels.forward(q, k, v, out, lse, row_cnt, row_idx, block, scale, launch)
+            list_kernels.forward(q, k, v, out, lse, row_cnt, row_idx, block, scale, launch)
     return out, lse
 
 
@@ -118,14 +136,17 @@ def _run_backward(
     if dout.stride(-1) != 1:
         dout = dout.contiguous()  # the gradient of a sum is expanded from one number
     launch = _launch(q, k, v, lists, block, scale, kernel, tf32, backward=True)
-    if launch.kernel == "resident":
-        from . import resident
+    with _current(q.device):
+        if launch.kernel == "resident":
+            from . import resident
 
-        resident.backward(q, k, v, out, lse, dout, *grads, row_bits, block, scale, launch)
-        return
-    from . import lists as list_kernels
+            resident.backward(q, k, v, out, lse, dout, *grads, row_bits, block, scale, launch)
+        else:
+            from . import lists as list_kernels
 
-    list_kernels.backward(q, k, v, out, lse, dout, *grads, row_cnt, row_idx, col_cnt, col_idx, block, scale, launch)
+            list_kernels.backward(
+                q, k, v, out, lse, dout, *grads, row_cnt, row_idx, col_cnt, col_idx, block, scale, launch
+            )
 
 
 def _like_outputs(q: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,5 +1,6 @@
 """Which kernel runs with which launch options, by GPU architecture, dtype, head dim, length, and a mask's block.
 
+How much a mask prunes is not part of the key, only whether there is one; a row's `min_sparsity` is the one threshold.
 The rows come from ``table.json`` beside this file; the first row that fits wins, and the last one fits everything, so
 an unknown GPU finds an entry too. Rows measured on the user's own GPU (by the tuner) go before them: they are read from
 ``EFFTRAIN_KERNEL_TABLE``, else from the user's cache folder, under a key made of the GPU's name, Triton's version and a

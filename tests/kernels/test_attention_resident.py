@@ -352,6 +352,34 @@ def test_lengths_on_a_gpu(n, dim, dtype, masked):
 
 
 @needs_gpu
+def test_sharp_softmax():
+    q, k, v, dout = case(197, 3, 64, torch.bfloat16, batch=2)
+    q = q * 6
+    keep = torch.rand(3, 4, 4, generator=torch.Generator().manual_seed(1)) > 0.4
+    found, wanted = run(q, k, v, dout, keep, 64), oracle(q, k, v, dout, keep, 64, 0.125)
+    for i in (0, 2, 3, 4):
+        assert relative_error(found[i], wanted[i]) <= 8e-3
+
+
+@needs_gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("masked", [False, True])
+def test_no_worse_than_sdpa(dtype, masked):
+    q, k, v, dout = case(197, 4, 64, dtype, batch=2)
+    keep = tokenwise = None
+    if masked:
+        keep = torch.rand(4, 4, 4, generator=torch.Generator().manual_seed(2)) > 0.4
+        keep |= torch.eye(4, dtype=torch.bool)
+        tokenwise = keep.repeat_interleave(64, 1).repeat_interleave(64, 2)[:, :197, :197].to(DEVICE)
+    ours, wanted = run(q, k, v, dout, keep, 64), oracle(q, k, v, dout, keep, 64, 0.125)
+    leaves = [x.detach().transpose(1, 2).requires_grad_() for x in (q, k, v)]
+    out = torch.nn.functional.scaled_dot_product_attention(*leaves, attn_mask=tokenwise)
+    theirs = (out, *torch.autograd.grad(out, leaves, dout.transpose(1, 2)))
+    for i, x in zip((0, 2, 3, 4), theirs, strict=True):
+        assert relative_error(ours[i], wanted[i]) <= 1.5 * relative_error(x.transpose(1, 2), wanted[i])
+
+
+@needs_gpu
 def test_many_programs():
     q, k, v, dout = (x.expand(12000, -1, 6, -1) for x in case(17, 1, 64, torch.bfloat16))
     for x, expected in zip(

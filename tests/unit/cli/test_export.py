@@ -17,8 +17,9 @@ from efftrain_ds.cli import main as cli
 from efftrain_ds.core.errors import CheckpointError, ConfigError, EffTrainError
 from efftrain_ds.export import onnx
 from efftrain_ds.export.images import real_inputs
-from efftrain_ds.export.model import model_spec
+from efftrain_ds.export.model import load, model_spec
 from efftrain_ds.export.write import export_checkpoint
+from efftrain_ds.models.masked import mask_layers
 
 VIT = {"patch_size": 4, "embed_dim": 24, "depth": 4, "num_heads": 2}
 DATA = {"train": "bundled:fashion_mnist/train", "resolution": 28, "mean": [0.3] * 3, "std": [0.35] * 3}
@@ -94,6 +95,20 @@ def test_files_load_with_timm(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert config["pretrained_cfg"]["mean"] == [0.3] * 3
     assert config["pretrained_cfg"]["input_size"] == [3, 28, 28]
     assert "license" not in config["pretrained_cfg"]
+
+
+def test_masked_weights_are_exported_with_their_zeros(tmp_path: Path) -> None:
+    model = vit()
+    names = ["blocks.0.mlp.fc1.weight", "blocks.1.attn.qkv.weight"]
+    masks = {name: torch.rand(model.get_parameter(name).shape) < 0.5 for name in names}
+    mask_layers(model, masks)
+    images = torch.rand(5, 3, 28, 28)
+    expected = logits(model, images)  # the stored weights are not zero outside of the masks, the forward pass is
+    model.blocks[1].attn.qkv.register_buffer("weight_backward", masks[names[1]].clone())
+    found = Checkpoint(save_model(tmp_path / "step-00000003", model, config_of()))
+    exported = load(model_spec(found), found)
+    assert all(not exported.get_parameter(name)[~mask].any() for name, mask in masks.items())
+    assert (logits(exported, images) - expected).abs().max() <= 1e-6
 
 
 def test_inputs_are_what_an_evaluation_sees(tmp_path: Path) -> None:

@@ -12,12 +12,18 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import Attention
 from torch import nn
 
-from efftrain_ds.core.errors import ModelError, NoEffectWarning
+from efftrain_ds.checkpoint.reader import Checkpoint
+from efftrain_ds.core.errors import CheckpointError, ModelError, NoEffectWarning
 from efftrain_ds.cost.macs import counted_macs
+from efftrain_ds.export.model import load, model_spec
 from efftrain_ds.kernels import runtime
 from efftrain_ds.kernels.attention import BlockMask
 from efftrain_ds.models.attention import BlockAttention, update_routes, use_block_attention
+from efftrain_ds.zero.blueprint import make_blueprint, materialise
+from efftrain_ds.zero.bundle import restore_buffers
 from tests.kernels.common import needs_kernels
+from tests.unit.cli.test_export import config_of, save_model
+from tests.unit.cli.test_export import vit as vit_to_export
 
 N, HEADS = 17, 2  # 4 x 4 patches and the class token
 
@@ -140,14 +146,74 @@ def test_block_compiles_in_one_graph_over_mask_changes():
     torch._dynamo.reset()
     block = vit(depth=1).blocks[0]
     use_block_attention(block, {"attn": mask()})
-    compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
-    x = torch.randn(2, N, 32)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    block.to(device)
+    compiled = torch.compile(block, fullgraph=True, backend="aot_eager" if device == "cpu" else "inductor")
+    x = torch.randn(2, N, 32, device=device)
     outputs = []
     for seed in range(5):
-        block.attn.block_mask.update_(mask(seed).keep)
+        block.attn.block_mask.update_(mask(seed).keep.to(device))
         outputs.append(compiled(x))
-        assert torch.equal(outputs[-1], block(x))
+        assert torch.allclose(outputs[-1], block(x), atol=0 if device == "cpu" else 1e-5, rtol=0)
     assert not all(torch.equal(outputs[0], other) for other in outputs[1:])
+
+
+def test_masks_and_routes_after_a_rebuild():
+    """The steps of a rebuild of an engine: blueprint, changes of the masks, new module, buffers restored."""
+    start = BlockMask.full(1, 577, 577)
+    model = vit(depth=1)
+    use_block_attention(model, {"blocks.0.attn": start})
+    assert start.density == 1.0
+    assert update_routes(model, torch.bfloat16) == {"blocks.0.attn": "sdpa"}
+    blueprint = make_blueprint(model)
+    start.update_(torch.arange(100).view(1, 10, 10) % 4 == 0)
+    assert update_routes(model, torch.bfloat16) == {"blocks.0.attn": "auto"}
+    rebuilt = materialise(blueprint)
+    restore_buffers(rebuilt, dict(model.named_buffers()), {})
+    attn = rebuilt.blocks[0].attn
+    assert isinstance(attn, BlockAttention)
+    assert attn.block_mask is not start
+    assert attn.block_mask.density == start.density == 0.25
+    for name, buffer in start.named_buffers():
+        assert torch.equal(getattr(attn.block_mask, name), buffer)
+    assert attn.attention_route == "sdpa", "that of the blueprint: update_routes is called again"
+    assert update_routes(rebuilt, torch.bfloat16) == {"blocks.0.attn": "auto"}
+    attn.block_mask.update_(~start.keep)
+    assert attn.block_mask.density == 0.75
+    assert start.density == 0.25
+
+
+def test_mask_of_partitioned_weights_goes_to_the_accelerator(monkeypatch):
+    model = vit(depth=1)
+    moved = []
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
+    monkeypatch.setattr(BlockMask, "to", lambda self, device: moved.append(str(device)))
+    use_block_attention(model, {"blocks.0.attn": mask()})
+    weight = model.blocks[0].attn.qkv.weight  # as ZeRO-3 leaves the weights that it partitions
+    weight.ds_shape, weight.data = weight.shape, weight.data.new_empty(0)
+    use_block_attention(model, {"blocks.0.attn": mask()})
+    assert moved == ["cpu", "cuda"]
+
+
+def test_export_refuses_masks_that_prune(tmp_path):
+    model = vit_to_export().eval()
+    full = BlockMask.full(1, 50, 50, 16)
+    use_block_attention(model, {"blocks.0.attn": full, "blocks.2.attn": BlockMask.full(2, 50, 50, 16)})
+    x = torch.randn(2, 3, 28, 28)
+    with torch.no_grad():
+        wanted = model(x)
+        found = Checkpoint(save_model(tmp_path / "whole", model, config_of()))
+        assert "blocks.0.attn.block_mask.keep" in found.buffers
+        exported = load(model_spec(found), found)
+        assert torch.allclose(exported(x), wanted, atol=1e-5), "masks that keep everything change nothing"
+    assert not any("block_mask" in name for name, _ in exported.named_buffers())
+    keep = full.keep.clone()
+    keep[0, 0, 1] = False
+    full.update_(keep)
+    found = Checkpoint(save_model(tmp_path / "pruned", model, config_of()))
+    with pytest.raises(CheckpointError, match=r"1 attention layers prune.*\(blocks.0.attn\).*use_block_attention"):
+        load(model_spec(found), found)
 
 
 def test_routes_follow_the_sparsity():
