@@ -1,7 +1,10 @@
 """The Triton kernels against their peers on one GPU: correctness first, then device time in turn.
 
-    python benchmarks/kernels.py [--minutes 10] [--only TEXT] [--out F]     one NVIDIA GPU (H100 or H200 meant)
+    python benchmarks/kernels.py [--minutes 8.5] [--only TEXT] [--out F]    one NVIDIA GPU (H100 or H200 meant)
     python benchmarks/kernels.py --dry                                      every step on a CPU, tiny shapes, no figures
+
+The result is written after every case, so a run that is cut off leaves what it measured. With --only it is written
+where --out says and nowhere else.
 
 The peer of a row is the fastest correct one of those timed, and the row names it. "ratio" is peer over ours, median and
 range of 5 rounds in turn. "floor" is the larger of bytes over the measured copy bandwidth and FLOPs over the measured
@@ -13,10 +16,12 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -108,6 +113,8 @@ class Bench:
         from efftrain_ds.kernels.timing import ratio
 
         own = times["ours"]
+        if own.note and f"{case}, {step}: {own.note}" not in self.notes:
+            self.notes.append(f"{case}, {step}: {own.note}")
         floor = max(work[0] / self.ceilings["tbs"], work[1] / self.ceilings["tflops"]) / 1e6
         row: dict[str, Any] = {
             "case": case,
@@ -378,6 +385,15 @@ def gpu(device: torch.device) -> dict[str, Any]:
     return facts
 
 
+def save(bench: Bench, facts: dict[str, Any], args: argparse.Namespace) -> Path:
+    """Write what was measured so far."""
+    from common import store
+
+    command = ["python benchmarks/kernels.py", *(f"--only {shlex.quote(text)}" for text in args.only)]
+    result = {"gpu": facts, "ceilings": bench.ceilings, "rows": bench.rows, "notes": bench.notes}
+    return store("kernels", " ".join(command), result, args.out)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the plan, print the table, write the result.
 
@@ -385,10 +401,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         0; 1 where a variant of ours was wrong or a case failed; 2 without a GPU.
     """
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=10.0, help="start no new case after so long")
+    parser.add_argument("--minutes", type=float, default=8.5, help="start no new case after so long")
     parser.add_argument("--only", action="append", default=[], metavar="TEXT", help="cases with it in their name")
     parser.add_argument("--dry", action="store_true", help="every step on a CPU with tiny shapes; writes nothing")
-    parser.add_argument("--out", metavar="FILE", help="result file (default: benchmarks/results/kernels.json)")
+    parser.add_argument("--out", metavar="FILE", help="result file (default: results/kernels.json; none with --only)")
     args = parser.parse_args(argv)
     if args.dry:
         # before Triton is imported; EFFTRAIN_KERNELS=reference runs the steps in plain torch
@@ -405,18 +421,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(", ".join(f"{name} {value}" for name, value in facts.items()), flush=True)
     bench.measure_ceilings()
     print("" if args.dry else HEAD, flush=True)
+    path = None
     for name, run in cases(bench):
         bench.guarded(name, run)
+        if not args.dry and (args.out or not args.only):
+            path = save(bench, facts, args)
     print("\n".join(bench.notes))
     failed = [note for note in bench.notes if "FAILED" in note or ", ours: WRONG" in note]
     missed = [row["case"] for row in bench.rows if row.get("reached") == "MISSED"]
     below = "" if args.dry else f"{len(missed)} below must, "
     print(f"{len(bench.rows)} rows, {below}{len(failed)} failures, {time.monotonic() - begin:.0f} s")
-    if not args.dry:
-        from common import store
-
-        result = {"gpu": facts, "ceilings": bench.ceilings, "rows": bench.rows, "notes": bench.notes}
-        print(store("kernels", "python benchmarks/kernels.py", result, args.out))
+    if path is not None:
+        print(path)
     return 1 if failed else 0
 
 

@@ -33,10 +33,12 @@ class Timing:
     Attributes:
         rounds: median of each round.
         graph: measured as repeated calls in a captured graph.
+        note: why not, where calls were short enough; "" otherwise.
     """
 
     rounds: tuple[float, ...]
     graph: bool = False
+    note: str = ""
 
     @property
     def median(self) -> float:
@@ -83,7 +85,8 @@ def measure(
         graph: short calls may be captured; False for a backward pass without its forward, whose stream is another one.
 
     Returns:
-        A `Timing` for each name, in the order of `calls`.
+        A `Timing` for each name, in the order of `calls`. All are measured alike: where one alternative cannot be
+        captured, none is, and every `Timing` says so.
     """
     clock = _device_clock if device.type == "cuda" else _wall_clock
     rough: dict[str, float] = {}
@@ -94,18 +97,23 @@ def measure(
         for index in range(min(warmup, max(0, int(seconds * 1e6 / 2 / max(rough[name], 1.0))))):
             call(index % sets)
     graphs: dict[str, tuple[Call, int]] = {}
+    note = ""
     if graph and device.type == "cuda" and min(rough.values()) < GRAPH_BELOW_US:
         for name, call in calls.items():
-            captured = _capture(name, call, sets, max(1, int(200 / max(rough[name], 1.0))))
-            if captured is not None:
-                graphs[name] = captured
+            captured = _capture(call, sets, max(1, int(200 / max(rough[name], 1.0))))
+            if isinstance(captured, str):
+                # launches from the host beside graphs would be compared with their overhead
+                graphs, note = {}, f"without graphs: {name} cannot be captured: {captured}"
+                logger.warning("%s", note)
+                break
+            graphs[name] = captured
     times: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(rounds):
         for name, call in calls.items():
             count = max(min(3, repeats), min(repeats, int(seconds * 1e6 / rounds / max(rough[name], 1.0))))
             replay, inside = graphs.get(name, (call, 1))
             times[name].append(statistics.median(clock(replay, sets, count)) / inside)
-    return {name: Timing(tuple(values), name in graphs) for name, values in times.items()}
+    return {name: Timing(tuple(values), name in graphs, note) for name, values in times.items()}
 
 
 def _device_clock(call: Call, sets: int, count: int) -> list[float]:
@@ -131,8 +139,8 @@ def _wall_clock(call: Call, sets: int, count: int) -> list[float]:
     return times
 
 
-def _capture(name: str, call: Call, sets: int, rotations: int) -> tuple[Call, int] | None:
-    """A graph of `rotations` walks over all sets as a call, and the calls in it; None where it cannot be captured."""
+def _capture(call: Call, sets: int, rotations: int) -> tuple[Call, int] | str:
+    """A graph of `rotations` walks over all sets as a call, and the calls in it; why it cannot be captured."""
     graph = torch.cuda.CUDAGraph()
     try:
         stream = torch.cuda.Stream()
@@ -148,6 +156,5 @@ def _capture(name: str, call: Call, sets: int, rotations: int) -> tuple[Call, in
         graph.replay()
         torch.cuda.synchronize()
     except RuntimeError as error:
-        logger.debug("%s cannot be captured in a graph: %s", name, error)
-        return None
+        return str(error).strip().split("\n")[0][:160] or type(error).__name__
     return (lambda _: graph.replay()), rotations * sets

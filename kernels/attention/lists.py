@@ -253,6 +253,7 @@ def gate_cases() -> list[GateCase]:
                         values if sparse else values | _no_lists(kernels[kernel].arg_names),
                         num_warps=(own and launch.dkv_warps) or launch.num_warps,
                         num_stages=(own and launch.dkv_stages) or launch.num_stages,
+                        exp2=True,
                         capability=capability,
                         wgmma=capability == 90,
                         quick=capability == 90 and head_dim == 64 and name == "bf16" and sparse and tail == 1,

@@ -326,6 +326,7 @@ def _gate_case(capability: int, dim: int, n: int, block: int, dtype: str, backwa
         constants=constants,
         num_warps=launch.num_warps,
         num_stages=launch.num_stages,
+        exp2=True,
         capability=capability,
         wgmma=capability == 90,
         quick=(capability, dim, n, block, dtype) == (90, 64, 197, 0, "bf16"),

@@ -1,41 +1,42 @@
 """Every launch that ``table.json`` leads to, for the code gate.
 
 The launchers are called with tensors that have no memory and their launches are recorded, so what is compiled is what a
-GPU would get: kernel, argument types, alignment, constants, warps and stages. Equal launches are compiled once.
+GPU would get: kernel, argument types, alignment, constants, warps and stages. Equal launches are compiled once. Rows
+that prefer torch's attention are compiled too, since the kernels can be forced there; ``may_spill`` marks them where
+no launch of the kernels is known that fits the registers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Iterator
+from functools import lru_cache
 
 import torch
 
 from ..gate import GateCase, recorded
-from . import table
+from . import resident, table
 from .mask import BlockMask
 from .table import Key, Launch
 
-LENGTHS = {"64": 50, "128": 101, "256": 197, "list": 577}
-"""Tokens that stand for a length bucket."""
+LENGTHS = {"64": (50,), "128": (101,), "256": (197,), "list": (577, 600, 1024)}
+"""Tokens that stand for a length bucket; the long ones end in a narrow, a wider and a whole block."""
 
-DTYPES = ("bf16", "fp32")  # fp16 compiles to the same code as bf16 but for the type in its products
+DTYPES = ("bf16", "fp16", "fp32")
+BLOCKS = (64, 128)
 CAPABILITIES = {"sm_90": 90, "sm_89": 89, "sm_80": 80}
 IMAGES, HEADS = 2, 6
+_PIECE = 16  # the resident kernels divide their tokens anew after so many
 
 
 def gate_cases() -> list[GateCase]:
     """Cases of all keys of sm_90, sm_89 and sm_80, without repetitions."""
     cases: list[GateCase] = []
     seen: set[tuple[object, ...]] = set()
-    keys = [key for key in table.keys(CAPABILITIES) if key.dtype in DTYPES]
-    keys += [replace(key, block=128) for key in keys if key.sparse and key.length == "list"]
-    for key in keys:
-        entry = table.resolve(key, table.shipped_rows())
-        if entry.prefer == "sdpa":
-            continue
-        for side, launch in (("forward", entry.forward), ("backward", entry.backward)):
-            for case in _cases(key, side, launch):
+    for key in table.keys(CAPABILITIES):
+        if key.dtype not in DTYPES:
+            continue  # float64 is for the interpreter
+        for block in BLOCKS if key.sparse and key.dtype != "fp16" else BLOCKS[:1]:
+            for case in _cases(Key(key.arch, key.dtype, key.head_dim, key.length, key.sparse, block)):
                 what = (case.kernel, *map(str, (case.signature, case.constants, case.num_warps, case.num_stages)))
                 if (*what, case.capability) not in seen:
                     seen.add((*what, case.capability))
@@ -43,41 +44,80 @@ def gate_cases() -> list[GateCase]:
     return cases
 
 
-def _cases(key: Key, side: str, launch: Launch) -> list[GateCase]:
-    """Cases of the launches of one pass."""
-    head_dim = next(dim for dim in (32, 64, 80, 128) if table.HEAD_DIMS[dim] == key.head_dim or dim == key.head_dim)
-    name = f"table {launch.kernel} {side} {key.dtype} D{head_dim} N{LENGTHS[key.length]}"
-    name += f" blocks of {key.block}" if key.sparse else ""
-    found = recorded(_launcher(key, side, launch, head_dim))
-    return [
-        GateCase(
-            name if len(found) == 1 else f"{name} {kernel.__name__}",
-            kernel,
-            signature,
-            constants,
-            capability=CAPABILITIES[key.arch],
-            wgmma=CAPABILITIES[key.arch] == 90 and key.dtype != "fp32",
-            **options,
-        )
-        for kernel, signature, constants, options in found
-    ]
+def lengths(key: Key) -> tuple[int, ...]:
+    """Tokens to compile for: in 16 bits and blocks of 64 each division that the resident kernels make of a bucket."""
+    if key.length == "list" or key.dtype != "bf16" or key.block != table.BLOCK:
+        return LENGTHS[key.length][:1] if key.dtype != "bf16" else LENGTHS[key.length]
+    last = int(key.length)
+    first = {64: 0, 128: 64, 256: 128}[last]
+    # one token more than a whole number of pieces, as in a model with a class token, and the full bucket
+    return (*LENGTHS[key.length], *range(first + 1, last, _PIECE), last)
 
 
-def _launcher(key: Key, side: str, launch: Launch, head_dim: int) -> Callable[[], None]:
+def may_spill(key: Key) -> bool:
+    """Whether a key's kernels run where they are forced only, and are known not to fit the registers everywhere."""
+    return key.dtype == "fp32" or (key.head_dim == 128 and key.arch != "sm_90")
+
+
+def chosen(key: Key, side: str, tokens: int) -> Launch:
+    """The launch of one pass as the operation chooses it: a resident one only where that kernel takes the size."""
+    entry = table.resolve(key, table.shipped_rows())
+    launch: Launch = getattr(entry, side)
+    if launch.kernel != "resident":
+        return launch
+    dtype, version = _dtype(key), divmod(CAPABILITIES[key.arch], 10)
+    if resident.supports(key.head_dim, tokens, tokens, dtype, version, backward=side == "backward") is None:
+        return launch
+    long = Key(key.arch, key.dtype, key.head_dim, "list", key.sparse, key.block)
+    fallback: Launch = getattr(table.resolve(long, table.shipped_rows()), side)
+    return fallback
+
+
+def _cases(key: Key) -> Iterator[GateCase]:
+    """Cases of one key, equal ones among them."""
+    for tokens in lengths(key):
+        for side in ("forward", "backward"):
+            launch = chosen(key, side, tokens)
+            if launch.kernel == "list" and tokens not in LENGTHS[key.length]:
+                continue  # the list kernels see a length by its last block alone
+            name = f"table {launch.kernel} {side} {key.dtype} D{key.head_dim} N{tokens}"
+            name += f" blocks of {key.block}" if key.sparse else ""
+            found = recorded(_launcher(key, side, launch, tokens))
+            for kernel, signature, constants, options in found:
+                yield GateCase(
+                    name if len(found) == 1 else f"{name} {kernel.__name__}",
+                    kernel,
+                    signature,
+                    constants,
+                    capability=CAPABILITIES[key.arch],
+                    wgmma=key.arch == "sm_90" and key.dtype != "fp32",
+                    exp2=True,
+                    may_spill=may_spill(key),
+                    **options,
+                )
+
+
+def _dtype(key: Key) -> torch.dtype:
+    return next(dtype for dtype, name in table.DTYPES.items() if name == key.dtype)
+
+
+@lru_cache(maxsize=128)
+def _mask(tokens: int, block: int) -> BlockMask:
+    return BlockMask.full(HEADS, tokens, tokens, block)
+
+
+def _launcher(key: Key, side: str, launch: Launch, tokens: int) -> Callable[[], None]:
     """A call of the launcher as the operation makes it, on packed qkv."""
-    dtype = next(dtype for dtype, name in table.DTYPES.items() if name == key.dtype)
-    tokens = LENGTHS[key.length]
+    dtype, head_dim = _dtype(key), key.head_dim
     qkv = torch.empty(IMAGES, tokens, 3, HEADS, head_dim, dtype=dtype, device="meta")
     q, k, v = qkv.unbind(2)
     dq, dk, dv = torch.empty_like(qkv).unbind(2)
     out = torch.empty(IMAGES, tokens, HEADS, head_dim, dtype=dtype, device="meta")
     lse = torch.empty(IMAGES, HEADS, tokens, dtype=torch.float32, device="meta")
-    mask = BlockMask.full(HEADS if key.sparse else 1, tokens, tokens, key.block)
+    mask = _mask(tokens, key.block)
     end = (key.block, head_dim**-0.5, launch)
 
     def resident_call() -> None:
-        from . import resident
-
         bits = mask.row_bits if key.sparse else None
         if side == "forward":
             resident.forward(q, k, v, out, lse, bits, *end)
@@ -87,7 +127,9 @@ def _launcher(key: Key, side: str, launch: Launch, head_dim: int) -> Callable[[]
     def list_call() -> None:
         from . import lists
 
-        rows, columns = (mask.row_cnt, mask.row_idx), (mask.col_cnt, mask.col_idx)
+        none = (None, None)  # without a mask there are no lists: other variants than those of a full mask
+        rows = (mask.row_cnt, mask.row_idx) if key.sparse else none
+        columns = (mask.col_cnt, mask.col_idx) if key.sparse else none
         if side == "forward":
             lists.forward(q, k, v, out, lse, *rows, *end)
         else:

@@ -41,7 +41,6 @@ SHAPES = {"64": (512, 50), "128": (512, 101), "256": (256, 197), "list": (64, 57
 TOLERANCE = {"bf16": 8e-3, "fp16": 1.5e-3, "fp32": 1e-5, "fp64": 1e-10}
 SPARSITIES = (0.0, 0.3, 0.5, 0.75)
 _DTYPES = {name: dtype for dtype, name in table.DTYPES.items()}
-_rejected: dict[tuple[Key, str, Launch], str] = {}  # a kernel is compiled, and so checked, once in a process
 
 
 @dataclass
@@ -83,9 +82,14 @@ def candidates(key: Key) -> dict[str, list[Launch]]:
 
 @contextmanager
 def compiled_kernels() -> Iterator[list[tuple[str, Compiled, int]]]:
-    """Name, code and capability of the kernels that are compiled (or read from Triton's cache) meanwhile."""
+    """Name, code and capability of the kernels that are launched for the first time meanwhile.
+
+    Triton tells of kernels that it compiles or reads from its cache on disk, not of those that the process has already:
+    those are forgotten first, so that every variant is seen whoever launched it before.
+    """
     from triton import knobs
 
+    forget_compiled()
     seen: list[tuple[str, Compiled, int]] = []
 
     def listener(*, src: Any, metadata: Mapping[str, Any], metadata_group: Mapping[str, Any], **_: Any) -> None:
@@ -100,6 +104,23 @@ def compiled_kernels() -> Iterator[list[tuple[str, Compiled, int]]]:
         yield seen
     finally:
         knobs.compilation.listener = before
+
+
+def forget_compiled() -> None:
+    """Empty the caches of compiled variants of the attention kernels in this process; the one on disk stays."""
+    from . import lists_bwd, lists_fwd, resident_bwd, resident_fwd
+
+    kernels = (
+        lists_fwd.forward_kernel,
+        lists_bwd.dq_kernel,
+        lists_bwd.dkv_kernel,
+        resident_fwd.forward_kernel,
+        resident_bwd.backward_kernel,
+    )
+    for kernel in kernels:
+        caches = getattr(kernel, "device_caches", None)  # interpreted kernels have none
+        if caches is not None:
+            caches.clear()
 
 
 class Problem:
@@ -139,7 +160,7 @@ class Problem:
         else:
             from . import lists
 
-            lists.forward(q, k, v, self.out, self.lse, mask.row_cnt, mask.row_idx, *end)
+            lists.forward(q, k, v, self.out, self.lse, *self.lists()[:2], *end)
 
     def backward(self, launch: Launch, index: int) -> None:
         """Run the backward kernels; output and log-sum-exp are those of set 0, which the time does not depend on."""
@@ -153,7 +174,13 @@ class Problem:
         else:
             from . import lists
 
-            lists.backward(*tensors, mask.row_cnt, mask.row_idx, mask.col_cnt, mask.col_idx, *end)
+            lists.backward(*tensors, *self.lists(), *end)
+
+    def lists(self) -> tuple[Tensor | None, ...]:
+        """Counts and indices by rows and by columns; None without a mask, as in a model: that is another variant."""
+        mask = self.mask
+        lists = (mask.row_cnt, mask.row_idx, mask.col_cnt, mask.col_idx)
+        return lists if self.key.sparse else (None,) * len(lists)
 
     def reference(self) -> tuple[Tensor, Tensor, Tensor]:
         """Output, log-sum-exp and dqkv of the first two images of set 0, in float64."""
@@ -222,8 +249,6 @@ def _reason(
     key: Key, side: str, launch: Launch, problem: Problem, expected: tuple[Tensor, Tensor, Tensor]
 ) -> str | None:
     """Why a launch is out: does not compile or run, spills, or computes something else; None where it is good."""
-    if (key, side, launch) in _rejected:
-        return _rejected[key, side, launch]
     try:
         with compiled_kernels() as compiled:
             target = (problem.out, problem.lse) if side == "forward" else (problem.dqkv,)
@@ -231,13 +256,12 @@ def _reason(
                 tensor.fill_(float("nan"))
             getattr(problem, side)(launch, 0)
         wrong = [f"{name}: {text}" for name, code, arch in compiled for text in check(code, _rules(arch))]
+        if problem.device.type == "cuda" and not compiled:
+            wrong.append("its machine code was not seen")
         wrong += _errors(key, side, problem, expected)
     except Exception as error:  # the compiler and the driver raise many kinds
         wrong = [f"{type(error).__name__}: {str(error).strip()[:200]}"]
-    if not wrong:
-        return None
-    _rejected[key, side, launch] = "; ".join(wrong)
-    return _rejected[key, side, launch]
+    return "; ".join(wrong) or None
 
 
 def _rules(arch: int) -> GateCase:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .tiles import Operands, padded_sizes
+from .tiles import Operands, padded_sizes, too_large
 
 OUT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -115,6 +115,8 @@ def _check(
         raise ValueError(f"{name}: nyquist_h and nyquist_w are given together or not at all")
     if term and (rows % 2 or columns % 2):
         raise ValueError(f"{name}: the Nyquist term belongs to even sizes, found {rows} x {columns}")
+    if (reason := too_large(height, width, rows, columns)) is not None:
+        raise ValueError(f"{name}: {reason}")
     shape = padded_sizes(height, width, rows, columns)
     wanted: dict[str, tuple[Tensor | None, torch.dtype, tuple[int, ...]]] = {
         "left": (operands.left, torch.float16, shape[:2]),

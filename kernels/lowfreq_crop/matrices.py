@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import math
+import operator
 from collections.abc import Callable
 from typing import NamedTuple, TypeVar
 
@@ -20,7 +21,7 @@ from torch import Tensor
 ALIGNMENTS = ("center", "grid")
 FILTERS = ("lanczos", "bicubic")
 _SUPPORT = {"lanczos": 3.0, "bicubic": 2.0}  # in output pixels
-_KEPT = 256  # results of one function
+_KEPT = 256  # results of one function on the CPU
 T = TypeVar("T")
 
 
@@ -35,6 +36,9 @@ class CropMatrix(NamedTuple):
 def kept(build: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """Call a function of constants that builds a tensor once for given arguments, and keep the result.
 
+    Its last argument is the device, by name. Results on a GPU are kept for good: a captured graph reads them at their
+    address without holding them.
+
     Unlike ``functools.lru_cache`` it keeps only what can be used anywhere: no inference tensors (autograd would refuse
     them later), nothing made under a fake-tensor mode; and `torch.compile` takes the result as a constant of the graph
     instead of tracing how it is made. Callers must not write into the result.
@@ -42,15 +46,21 @@ def kept(build: Callable[..., Tensor]) -> Callable[..., Tensor]:
     store: dict[tuple[object, ...], Tensor] = {}
 
     @functools.wraps(build)
-    def get(*key: object) -> Tensor:
+    def get(*arguments: object) -> Tensor:
+        device = torch.device(str(arguments[-1]))
+        if device.type == "cuda" and device.index is None:
+            device = torch.device("cuda", torch.cuda.current_device())  # "cuda" is another one in another context
+        key = (*arguments[:-1], str(device))
         real = type(torch.empty(0, device="cpu")) is Tensor
         if real and key in store:
             return store[key]
         with torch.inference_mode(False), torch.no_grad():
             result = build(*key)
         if real:
-            if len(store) >= _KEPT:
-                store.clear()
+            on_cpu = [other for other in store if other[-1] == "cpu"] if len(store) >= _KEPT else []
+            if len(on_cpu) >= _KEPT:
+                for other in on_cpu:
+                    del store[other]
             store[key] = result
         return result
 
@@ -59,6 +69,9 @@ def kept(build: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 def constant_in_graphs(function: Callable[..., T]) -> Callable[..., T]:
     """`torch.compile` calls the function while it traces and takes the result as a constant.
+
+    Its arguments have to be constants of the graph, sizes among them: ``operator.index`` of a symbolic size is one, and
+    Dynamo guards on it; ``int`` would leave it symbolic.
 
     ``torch.compiler.assume_constant_result`` without the import of Dynamo, which takes a second.
     """
@@ -99,6 +112,7 @@ def crop_matrix(
     """
     if align not in ALIGNMENTS:
         raise ValueError(f"align is one of {', '.join(ALIGNMENTS)}, found {align!r}")
+    size_in, size_out = operator.index(size_in), operator.index(size_out)  # see `constant_in_graphs`
     check_sizes(size_in, size_out)
     p, q, a = (_crop_part(part, size_in, size_out, align, dtype, str(device)) for part in CropMatrix._fields)
     return CropMatrix(p, q, a)
@@ -120,6 +134,7 @@ def resample_matrix(
     """
     if filter not in FILTERS:
         raise ValueError(f"filter is one of {', '.join(FILTERS)}, found {filter!r}")
+    size_in, size_out = operator.index(size_in), operator.index(size_out)  # see `constant_in_graphs`
     check_sizes(size_in, size_out)
     return _resample_matrix(size_in, size_out, filter, dtype, str(device))
 

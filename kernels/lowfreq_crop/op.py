@@ -5,6 +5,7 @@ Shape legend: N images, C channels, H x W input pixels, Bh x Bw output pixels.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -15,7 +16,7 @@ from ..runtime import use_triton
 from .fused import OUT_DTYPES, crop_op
 from .matrices import ALIGNMENTS, FILTERS, check_sizes, constant_in_graphs, kept
 from .reference import matmul_crop, matmul_resample
-from .tiles import Operands, crop_operands, resample_operands
+from .tiles import Operands, crop_operands, resample_operands, too_large
 
 
 def lowfreq_crop(
@@ -163,8 +164,9 @@ def _prepare(
     pair = (size, size) if isinstance(size, int) else tuple(size)
     if len(pair) != 2:
         raise ValueError(f"size is an int or (height, width), found {size!r}")
-    # int: the sizes select matrices, so a compiled graph is made for each
-    size_in, pair = (int(x.shape[2]), int(x.shape[3])), (int(pair[0]), int(pair[1]))
+    # the sizes select matrices: `index`, and not `int`, makes Dynamo compile a graph for each
+    channels, height, width = (operator.index(side) for side in x.shape[1:])
+    size_in, pair = (height, width), (operator.index(pair[0]), operator.index(pair[1]))
     for before, after in zip(size_in, pair, strict=True):
         check_sizes(before, after)
     dtype = out_dtype or (x.dtype if x.is_floating_point() else torch.float32)
@@ -180,16 +182,24 @@ def _prepare(
     if mean is not None and std is not None:
         if x.dtype != torch.uint8:
             raise ValueError(f"mean and std apply to uint8 images, found {x.dtype} (normalised already?)")
-        if len(mean) not in (1, x.shape[1]) or len(std) != len(mean):
-            raise ValueError(f"mean and std need 1 or {x.shape[1]} values each, found {len(mean)} and {len(std)}")
+        if len(mean) not in (1, channels) or len(std) != len(mean):
+            raise ValueError(f"mean and std need 1 or {channels} values each, found {len(mean)} and {len(std)}")
         if min(std) <= 0:
             raise ValueError(f"std must be positive, found {list(std)}")
-        scale, shift = (_affine(part, tuple(mean), tuple(std), int(x.shape[1]), device) for part in ("scale", "shift"))
-    fused = _chosen(op, x.device, _unable(op, x.dtype, pair, dtype))
+        values = tuple(map(_constant, mean)), tuple(map(_constant, std))
+        scale, shift = (_affine(part, *values, channels, device) for part in ("scale", "shift"))
+    fused = _chosen(op, x.device, _unable(op, x.dtype, size_in, pair, dtype))
     return _Call(size_in, pair, scale, shift, dtype, device, fused, pair == size_in and scale is None)
 
 
-def _unable(op: str, dtype: torch.dtype, size: tuple[int, int], out_dtype: torch.dtype) -> str | None:
+def _constant(value: float) -> float:
+    """The same number: Dynamo may have made it symbolic, and takes the text of one as a constant, with a guard."""
+    return float.fromhex(float(value).hex())
+
+
+def _unable(
+    op: str, dtype: torch.dtype, size_in: tuple[int, int], size: tuple[int, int], out_dtype: torch.dtype
+) -> str | None:
     """Why the kernel does not take a call; None where it does."""
     if dtype != torch.uint8:
         return f"the images are {dtype}, the kernel takes uint8 (floating-point images keep their gradient in torch)"
@@ -197,7 +207,7 @@ def _unable(op: str, dtype: torch.dtype, size: tuple[int, int], out_dtype: torch
         return f"the kernel takes even sizes, found {size[0]} x {size[1]}"
     if out_dtype not in OUT_DTYPES:
         return f"the kernel writes fp32, bf16 or fp16, not {out_dtype}"
-    return None
+    return too_large(*size_in, *size)
 
 
 @constant_in_graphs
@@ -209,7 +219,8 @@ def _run(x: Tensor, operands: Operands, flip: Tensor | None, call: _Call) -> Ten
     """Call the kernel's operation."""
     scale, shift = call.scale, call.shift
     if scale is None or shift is None:
-        scale, shift = (_affine(part, None, None, int(x.shape[1]), call.device) for part in ("scale", "shift"))
+        channels = operator.index(x.shape[1])
+        scale, shift = (_affine(part, None, None, channels, call.device) for part in ("scale", "shift"))
     flip = None if flip is None else flip.contiguous()
     return crop_op(x, *operands, flip, scale, shift, *call.size, call.dtype)
 

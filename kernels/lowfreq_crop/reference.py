@@ -69,7 +69,7 @@ def matmul_crop(
     # 8-bit values are centred for 16-bit products: P keeps constants, and half the magnitude is half the rounding.
     centre = 128.0 if x.dtype == torch.uint8 and compute_dtype in (torch.float16, torch.bfloat16) else 0.0
     planes = _planes(x, compute_dtype, centre)
-    z = _product(planes, h.p, w.p)
+    z = _product(planes, h.p, w.p, size)
     if corner:
         weight = (planes.view(-1, x.shape[-1]) @ w.q).view(-1, x.shape[-2]) @ h.q  # q_H^T X q_W, one number a plane
         z = torch.addcmul(z, weight[:, None, None], torch.outer(h.a, w.a), value=-1)
@@ -90,7 +90,7 @@ def matmul_resample(
     h = resample_matrix(x.shape[-2], size[0], filter, compute_dtype, x.device)
     w = resample_matrix(x.shape[-1], size[1], filter, compute_dtype, x.device)
     centre = 128.0 if x.dtype == torch.uint8 and compute_dtype in (torch.float16, torch.bfloat16) else 0.0
-    return _finish(_product(_planes(x, compute_dtype, centre), h, w), x, centre, scale, shift, out_dtype)
+    return _finish(_product(_planes(x, compute_dtype, centre), h, w, size), x, centre, scale, shift, out_dtype)
 
 
 def _planes(x: Tensor, dtype: torch.dtype, centre: float) -> Tensor:
@@ -99,12 +99,12 @@ def _planes(x: Tensor, dtype: torch.dtype, centre: float) -> Tensor:
     return planes - centre if centre else planes
 
 
-def _product(planes: Tensor, left: Tensor, right: Tensor) -> Tensor:
+def _product(planes: Tensor, left: Tensor, right: Tensor, size: tuple[int, int]) -> Tensor:
     """left @ plane @ right^T of every plane: [N*C, H, W] -> [N*C, Bh, Bw]; identities are skipped."""
     n, height, width = planes.shape
-    if right.shape[0] != width:
-        planes = (planes.view(n * height, width) @ right.t()).view(n, height, right.shape[0])
-    if left.shape[0] != height:
+    if size[1] != width:
+        planes = (planes.view(n * height, width) @ right.t()).view(n, height, size[1])
+    if size[0] != height:
         planes = torch.bmm(left.expand(n, -1, -1), planes)
     return planes
 

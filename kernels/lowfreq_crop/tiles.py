@@ -20,6 +20,8 @@ _PIECE = 128
 _RESIDENT = 3 * _PIECE  # input rows up to which a program keeps its rows of the left operand
 _STEP = 32  # input rows that are read at once if not all are kept
 _COLUMNS = 192  # output columns that a program keeps in registers
+OFFSETS = 2**31
+"""Offsets inside of a plane and of an operand are below this: the kernel computes them in 32 bits."""
 
 
 class Tiles(NamedTuple):
@@ -108,6 +110,14 @@ def padded_sizes(height: int, width: int, rows: int, columns: int) -> tuple[int,
     plan = tiles(height, width, rows, columns)
     inner = _up(height, _STEP) if plan.loop else sum(plan.k)
     return plan.row_tiles * ROWS, inner, _up(width, CHUNK), plan.column_tiles * sum(plan.n)
+
+
+def too_large(height: int, width: int, rows: int, columns: int) -> str | None:
+    """Why the kernel cannot take planes of this size; None where it can."""
+    left_rows, inner, outer, right_columns = padded_sizes(height, width, rows, columns)
+    if max(height * width, left_rows * inner, outer * right_columns) < OFFSETS:
+        return None
+    return f"the kernel's planes and matrices have less than 2^31 elements, found {height} x {width} pixels"
 
 
 def crop_operands(

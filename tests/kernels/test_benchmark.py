@@ -1,6 +1,7 @@
 """The benchmark's steps on a CPU: it has to work the first time that a GPU is at hand."""
 
 import importlib.util
+import json
 import math
 import sys
 from pathlib import Path
@@ -105,3 +106,46 @@ def test_deadline_and_failures_are_notes(script):
 
     bench.guarded("case", fails)
     assert bench.notes == ["case: FAILED RuntimeError: boom"]
+
+
+@pytest.fixture
+def pretended_gpu(script, monkeypatch, tmp_path):
+    """The script with two cases, the second of which is cut off; its results are written into a folder of the test."""
+    import common
+
+    from efftrain_ds.kernels.timing import Timing
+
+    def cut_off():
+        raise KeyboardInterrupt
+
+    def cases(bench):
+        times = {"ours": Timing((2.0,), note="without graphs: peer cannot be captured: no"), "peer": Timing((3.0,))}
+        yield "first", lambda: bench.add("first", "forward", times, (1.0, 1.0))
+        yield "second", cut_off
+
+    monkeypatch.setattr(common, "ROOT", tmp_path)
+    monkeypatch.setattr(common, "environment", dict)
+    monkeypatch.setattr(script, "cases", cases)
+    monkeypatch.setattr(script, "gpu", lambda device: {"device": str(device)})
+    monkeypatch.setattr(script.Bench, "measure_ceilings", lambda bench: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    return script
+
+
+def test_result_is_stored_after_every_case(pretended_gpu, tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        pretended_gpu.main([])
+    result = json.loads((tmp_path / "benchmarks" / "results" / "kernels.json").read_text())
+    assert [row["case"] for row in result["rows"]] == ["first"]
+    assert result["notes"] == ["first, forward: without graphs: peer cannot be captured: no"]
+    assert result["command"] == "python benchmarks/kernels.py"
+
+
+def test_some_cases_do_not_replace_the_result(pretended_gpu, tmp_path):
+    assert pretended_gpu.main(["--only", "first"]) == 0
+    assert not list(tmp_path.rglob("*.json"))
+    assert pretended_gpu.main(["--only", "first", "--out", str(tmp_path / "own.json")]) == 0
+    result = json.loads((tmp_path / "own.json").read_text())
+    assert result["command"] == "python benchmarks/kernels.py --only first"
+    assert len(result["rows"]) == 1

@@ -9,7 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from efftrain_ds.kernels.lowfreq_crop import crop_matrix, lowfreq_crop, resample, self_test
 from efftrain_ds.kernels.lowfreq_crop.fused import crop_op
 from efftrain_ds.kernels.lowfreq_crop.reference import fourier_crop
-from efftrain_ds.kernels.lowfreq_crop.tiles import crop_operands, padded_sizes, resample_operands, tiles
+from efftrain_ds.kernels.lowfreq_crop.tiles import crop_operands, padded_sizes, resample_operands, tiles, too_large
 from tests.kernels.common import DEVICE, GPU, INTERPRETED, needs_gpu, needs_kernels, relative_error
 
 pytestmark = needs_kernels
@@ -300,6 +300,76 @@ def test_compiles_in_one_graph():
             x, flip = noise(2, 3, 32, 32, seed=i), torch.tensor([i == 0, i == 1], device=DEVICE)
             for found, expected in zip(compiled(x, flip), reduce(x, flip), strict=True):
                 torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("side", "dynamic"),
+    [
+        ("triton", None),
+        ("triton", True),
+        ("reference", None),
+        pytest.param("reference", True, marks=pytest.mark.slow),
+    ],
+)
+def test_a_compiled_graph_for_each_size(side, dynamic, monkeypatch):
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    def reduce(x, size, flip):
+        return lowfreq_crop(x, size, flip=flip, mean=MEAN, std=STD), resample(x, size)
+
+    monkeypatch.setenv("EFFTRAIN_KERNELS", side)
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(reduce, fullgraph=True, backend=counter, dynamic=dynamic)
+    # images, input side, output side, and whether a graph is made: for another number of images the first time at most
+    steps = [(2, 24, 12, True), (3, 24, 12, dynamic is None), (4, 24, 12, False), (2, 32, 12, True)]
+    steps += [(3, 32, 16, True), (5, 32, 16, False), (4, 24, 12, False)]
+    for images, before, after, another in steps:
+        graphs = counter.frame_count
+        x, flip = noise(images, 3, before, before), torch.arange(images, device=DEVICE) % 2 == 0
+        for found, expected in zip(compiled(x, after, flip), reduce(x, after, flip), strict=True):
+            assert found.shape[-1] == after
+            torch.testing.assert_close(found, expected, rtol=0, atol=0)
+        assert (counter.frame_count > graphs) == another, (images, before, after)
+    torch._dynamo.reset()
+
+
+def test_operands_on_a_gpu_are_never_dropped(monkeypatch):
+    # a captured graph reads them at their address
+    from efftrain_ds.kernels.lowfreq_crop import matrices
+
+    built = []
+
+    def build(number, device):
+        built.append((number, device))
+        return torch.zeros(1)
+
+    monkeypatch.setattr(matrices, "_KEPT", 3)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    get = matrices.kept(build)
+    first = get(0, "cuda")
+    assert get(0, "cuda:1") is first
+    assert get(0, "cuda:0") is not first
+    for number in range(9):
+        get(number, "cpu")
+        get(number, "cuda:1")
+    assert get(0, "cuda") is first
+    assert [number for number, device in built if device.startswith("cuda") and number == 0] == [0, 0]
+    assert built.count((0, "cpu")) == 1
+    get(0, "cpu")
+    assert built.count((0, "cpu")) == 2  # those on the CPU are dropped
+
+
+def test_planes_that_reach_beyond_32_bits():
+    # offsets inside of a plane have 32 bits; the pages between these rows are never touched
+    side, apart = 4, 2**30
+    memory = torch.empty(3 * apart + side, dtype=torch.uint8, device=DEVICE)
+    x = memory.as_strided((1, 1, side, side), (0, 0, apart, 1))
+    x.copy_(noise(1, 1, side, side))
+    torch.testing.assert_close(lowfreq_crop(x, 2), lowfreq_crop(x.contiguous(), 2), rtol=0, atol=0)
+    assert "less than 2^31" in too_large(50_000, 50_000, 32, 32)
+    assert "less than 2^31" in too_large(1, 60_000, 1, 50_000)
+    assert too_large(40_000, 40_000, 32, 32) is None
 
 
 def test_fake_tensors_are_not_kept():

@@ -5,6 +5,7 @@ import torch
 
 pytest.importorskip("triton", reason="the tuner launches Triton kernels")
 
+from efftrain_ds.kernels import timing
 from efftrain_ds.kernels.attention import table, tuner
 from efftrain_ds.kernels.attention.table import Key, Launch
 from efftrain_ds.kernels.gate import Compiled
@@ -17,7 +18,6 @@ DTYPE = "fp32" if INTERPRETED else "bf16"
 
 @pytest.fixture(autouse=True)
 def _own_table(tmp_path, monkeypatch):
-    monkeypatch.setattr(tuner, "_rejected", {})
     monkeypatch.delenv(table.VARIABLE, raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     table.clear_cache()
@@ -96,11 +96,44 @@ def test_rejects(monkeypatch):
     assert reasons[1] == "ValueError: out of resources"
     assert reasons[2].startswith("wrong out: relative error")
     assert reasons[4].startswith("kernel: spills: 8 bytes of stack")
-    # Triton compiles a kernel once in a process: what was found then holds
-    again = tuner.tune(wanted, torch.device("cpu"), **arguments)
-    assert again.rejected == tuned.rejected
     with pytest.raises(RuntimeError, match="no launch of the forward kernels works.*out of resources"):
         tuner.tune(wanted, torch.device("cpu"), **{**arguments, "launches": {"forward": [Launch("list", 1)]}})
+
+
+def test_variants_of_earlier_launches_are_checked_again(monkeypatch):
+    # Triton's listener tells of a kernel once in a process: a spilling variant would pass under another key
+    from triton import knobs
+
+    from efftrain_ds.kernels.attention import lists_bwd, lists_fwd, resident_bwd, resident_fwd
+
+    kernels = [lists_fwd.forward_kernel, lists_bwd.dq_kernel, lists_bwd.dkv_kernel]
+    kernels += [resident_fwd.forward_kernel, resident_bwd.backward_kernel]
+    for kernel in kernels:
+        monkeypatch.setattr(kernel, "device_caches", {0: "variants"}, raising=False)
+    before = knobs.compilation.listener
+    with tuner.compiled_kernels() as seen:
+        assert all(kernel.device_caches == {} for kernel in kernels)
+        assert knobs.compilation.listener is not before
+    assert seen == []
+    assert knobs.compilation.listener is before
+
+
+@pytest.mark.parametrize("sparse", [True, False])
+def test_times_the_variant_of_the_model(sparse, monkeypatch):
+    # without a mask a model passes no lists, and the kernels without them are others
+    from efftrain_ds.kernels.attention import lists, resident
+
+    given = []
+    monkeypatch.setattr(lists, "forward", lambda *args: given.append(args[5:7]))
+    monkeypatch.setattr(lists, "backward", lambda *args: given.append(args[9:13]))
+    monkeypatch.setattr(resident, "forward", lambda *args: given.append(args[5:6]))
+    monkeypatch.setattr(resident, "backward", lambda *args: given.append(args[9:10]))
+    problem = tuner.Problem(Key("sm_90", "fp32", 16, "64", sparse, 16), torch.device("cpu"), 1, 33, 2, 1)
+    for kernel in ("list", "resident"):
+        problem.forward(Launch(kernel), 0)
+        problem.backward(Launch(kernel), 0)
+    assert [len(one) for one in given] == [2, 4, 1, 1]
+    assert all((one is not None) == sparse for arguments in given for one in arguments)
 
 
 @pytest.mark.parametrize("length", table.LENGTHS)
@@ -137,3 +170,26 @@ def test_timing_takes_turns():
     assert order[-12:] == sum(rounds * 2, [])
     found = ratio(Timing((4.0, 6.0, 9.0)), Timing((2.0, 2.0, 2.0)))
     assert (found.median, found.low, found.high) == (3.0, 2.0, 4.5)
+
+
+@pytest.mark.parametrize("captured", [True, False])
+def test_graphs_for_all_or_for_none(captured, monkeypatch):
+    replayed = []
+
+    def capture(call, sets, rotations):
+        return (lambda _: replayed.append(call), 5) if captured or call != slow else "not now"
+
+    def fast(_):
+        return None
+
+    def slow(_):
+        return None
+
+    monkeypatch.setattr(timing, "_device_clock", lambda call, sets, count: [call(0) and 0.0 or 10.0] * count)
+    monkeypatch.setattr(timing, "_capture", capture)
+    times = measure({"fast": fast, "slow": slow}, torch.device("cuda"), rounds=2, repeats=3, warmup=0)
+    assert [one.graph for one in times.values()] == [captured, captured]
+    assert [one.median for one in times.values()] == [2.0 if captured else 10.0] * 2
+    note = "" if captured else "without graphs: slow cannot be captured: not now"
+    assert {one.note for one in times.values()} == {note}
+    assert bool(replayed) == captured
