@@ -231,7 +231,7 @@ def test_masks_change_under_compile_without_a_recompile(route, monkeypatch):
 
 
 @pytest.mark.parametrize("route", ["sdpa", pytest.param("list", marks=needs_gpu)])
-@pytest.mark.parametrize("masked", [True, False])
+@pytest.mark.parametrize("masked", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_symbolic_shapes(route, masked):
     """Images, tokens, heads and head dim are unknown to the compiled code; a mask makes its number of tokens known."""
     torch._dynamo.reset()

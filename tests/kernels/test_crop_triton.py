@@ -305,8 +305,8 @@ def test_compiles_in_one_graph():
 @pytest.mark.parametrize(
     ("side", "dynamic"),
     [
-        ("triton", None),
-        ("triton", True),
+        pytest.param("triton", None, marks=pytest.mark.slow),
+        pytest.param("triton", True, marks=pytest.mark.slow),
         ("reference", None),
         pytest.param("reference", True, marks=pytest.mark.slow),
     ],
