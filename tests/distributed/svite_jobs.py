@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -407,3 +410,24 @@ def bad_job(method: dict, what: str = "", stage: int = 1) -> str:
         return f"{type(error).__name__}: {error}"
     engine.destroy()
     return "no error"
+
+
+def many_job(stage: int, updates: int) -> dict:
+    """Resident memory, open files, hooks and process groups over many topology updates, one after every step."""
+    engine = start(stage, "bf16", {"update_every": "1st", "end": 1.0}, steps=updates + 2)
+    resident, files = [], []
+    for step in range(1, updates + 2):
+        one_step(engine, step)
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        resident.append(pages * os.sysconf("SC_PAGE_SIZE"))
+        files.append(len(os.listdir("/proc/self/fd")))
+    result = {
+        "updates": method_of(engine).updates,
+        "resident": resident,
+        "files": files,
+        "hooks": sum(len(p._backward_hooks or ()) for p in engine.module.parameters()),
+        "groups": len(dist.distributed_c10d._world.pg_map),
+        "stray": stray(engine),
+    }
+    engine.destroy()
+    return result

@@ -194,3 +194,15 @@ def test_beside_efficienttrain(ranks, tmp_path):
 def test_a_layer_that_does_not_fit_is_named_on_all_ranks(ranks):
     for text in ranks(jobs.bad_job, {"form": "block", "block": 16}, "odd"):
         assert text.startswith("ModelError: efftrain.methods.svite: blocks.0.attn.qkv.weight [180, 60]")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("stage", [2, 3])
+def test_two_hundred_updates_need_no_more_memory(ranks, stage):
+    for result in ranks(jobs.many_job, stage, 200):
+        assert result["updates"] == 200
+        assert result["stray"] == []
+        settled = result["resident"][50:]
+        assert max(settled) <= 1.02 * min(settled), [r >> 20 for r in result["resident"][::20]]
+        assert max(result["files"][50:]) == min(result["files"][50:])
