@@ -15,6 +15,7 @@ from io import BufferedWriter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -71,13 +72,22 @@ class Part:
             kept = buffers.get(key)
             if kept is None or kept.shape != tensor.shape or kept.dtype != tensor.dtype:
                 kept = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.device.type == "cuda")
-            copies[name] = buffers[key] = kept.copy_(tensor.detach(), non_blocking=True)
+            copies[name] = buffers[key] = _copied(kept, tensor.detach())
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         used = {f"{self.name}/{name}" for name in copies}
         for key in [key for key in buffers if key.startswith(f"{self.name}/") and key not in used]:
             del buffers[key]
         return Part(self.name, copies)
+
+
+def _copied(target: Tensor, source: Tensor) -> Tensor:
+    """`target` with the values of `source`."""
+    if not (source.device.type == target.device.type == "cpu" and source.is_contiguous() and source.numel()):
+        return target.copy_(source, non_blocking=True)
+    # one large memory copy: torch's own loop takes about twice as long on a CPU
+    np.copyto(target.reshape(-1).view(torch.uint8).numpy(), source.reshape(-1).view(torch.uint8).numpy())
+    return target
 
 
 def write_parts(folder: Path, parts: Sequence[Part]) -> list[dict[str, Any]]:

@@ -66,6 +66,24 @@ def test_owned_parts_do_not_follow_the_training(tmp_path):
     assert list(buffers) == ["a.safetensors/y"]
 
 
+def test_owned_parts_of_every_kind():
+    kinds = {
+        "low": torch.randn(5, 3).bfloat16(),
+        "flags": torch.rand(7) < 0.5,
+        "number": torch.tensor(3.0, requires_grad=True),
+        "nothing": torch.empty(0, 4),
+        "turned": torch.randn(4, 6).t(),
+        "spread": torch.arange(12)[::3],
+    }
+    copy = Part("a.safetensors", kinds).owned({})
+    for name, value in kinds.items():
+        mine = copy.content[name]
+        assert (mine.dtype, mine.shape) == (value.dtype, value.shape)
+        assert torch.equal(mine, value)
+        assert not mine.requires_grad
+        assert not mine.numel() or mine.data_ptr() != value.data_ptr()
+
+
 def test_space_is_looked_at_before_writing(tmp_path, monkeypatch):
     Usage = namedtuple("Usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(10**9, 0, 5 * 10**6))
