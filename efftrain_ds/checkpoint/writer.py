@@ -119,6 +119,7 @@ def _write(
     digest, size = hashlib.sha256(), 0
     hashing: deque[Future[None]] = deque()
     syncing: Future[None] | None = None
+    unsynced = 0
     for block in _blocks(part):
         # what waits to be hashed stays in memory, so not too much
         hashing.append(hasher.submit(digest.update, block))
@@ -126,8 +127,9 @@ def _write(
             hashing.popleft().result()
         stream.write(block)
         size += len(block)
-        if len(block) == _BLOCK and (syncing is None or syncing.done()):
-            syncing = syncer.submit(os.fdatasync, stream.fileno())
+        unsynced += len(block)
+        if unsynced >= _BLOCK and (syncing is None or syncing.done()):
+            syncing, unsynced = syncer.submit(os.fdatasync, stream.fileno()), 0
     stream.flush()
 
     def finish() -> dict[str, Any]:

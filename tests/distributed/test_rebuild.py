@@ -47,7 +47,7 @@ def test_identity_fp16_with_skipped_steps(ranks, stage):
 @pytest.mark.parametrize(
     ("stage", "dtype", "extra"),
     [
-        (1, "bf16_fp32", {}),
+        pytest.param(1, "bf16_fp32", {}, marks=slow),
         (2, "fp32", {"gas": 2}),
         pytest.param(3, "bf16", {"gas": 2}, marks=slow),
         pytest.param(0, "bf16", {"gas": 2}, marks=slow),
@@ -263,7 +263,7 @@ def test_what_cannot_be_rebuilt_is_refused_at_the_start(ranks, stage, dtype, ext
         (2, "bf16", "one rank"),
         (0, "fp32", "restore"),
         pytest.param(2, "bf16", "restore", marks=slow),
-        (3, "bf16", "restore"),
+        pytest.param(3, "bf16", "restore", marks=slow),
         pytest.param(0, "bf16", "create", marks=slow),
         pytest.param(3, "bf16", "one rank", marks=slow),
     ],
@@ -306,7 +306,7 @@ def test_two_hundred_rebuilds_need_no_more_memory(ranks, stage):
     [
         (2, "bf16", "grow, shrink"),
         (1, "fp32", "newcomers, renumber"),
-        (3, "fp32", "fresh, renumber"),
+        pytest.param(3, "fp32", "fresh, renumber", marks=slow),
         pytest.param(2, "fp32", "widen, grow", marks=slow),
         (0, "fp32", "grow, widen"),
     ],
@@ -374,6 +374,7 @@ def test_resume_after_growth_goes_on_to_the_bit(ranks, tmp_path):
             assert b["rebuilt"] == 1
 
 
+@slow
 def test_resume_after_growth_elsewhere(ranks, tmp_path):
     """Other stages and world sizes: the state is the same to the bit, the losses up to the order of sums."""
     saved = {stage: ranks(jobs.save_grown_job, str(tmp_path / str(stage)), stage, "fp32")[0] for stage in (0, 2, 3)}
