@@ -109,7 +109,6 @@ def main() -> None:
     if args.worker:
         worker(args.rounds, args.steps, args.worker)
         return
-    sys.path.insert(0, str(ROOT))
     with tempfile.TemporaryDirectory() as scratch:
         out = Path(scratch) / "times.json"
         command = [*launcher(args.ranks), str(Path(__file__)), "--worker", str(out)]

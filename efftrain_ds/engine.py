@@ -13,7 +13,6 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from .checkpointing import Checkpointing
@@ -22,7 +21,7 @@ from .core.batch import Batch
 from .core.context import Context
 from .core.errors import ConfigError, EffTrainError, NoEffectWarning, RebuildError
 from .core.method import Method
-from .core.ranks import agree, text_of
+from .core.ranks import agree, rank, text_of, world_size
 from .core.timeline import Schedule, Stage
 from .guards.guard import Guard
 from .zero import access
@@ -83,8 +82,8 @@ class EfficientEngine(Checkpointing):
             engine=self,
             schedule=schedule,
             seed=seed,
-            rank=dist.get_rank() if dist.is_initialized() else 0,
-            world=dist.get_world_size() if dist.is_initialized() else 1,
+            rank=rank(),
+            world=world_size(),
             device=torch.device(engine.device),
         )
         if record is not None:

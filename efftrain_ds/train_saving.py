@@ -16,7 +16,7 @@ from .checkpoint import store
 from .config.loader import LoadedConfig
 from .core.durations import parse_duration
 from .core.errors import CheckpointError
-from .core.ranks import agree, text_of
+from .core.ranks import agree, text_of, world_size
 from .core.timeline import Schedule
 from .train_changes import Change, check, compare, past_stages
 
@@ -155,5 +155,5 @@ class Saver:
         old = json.loads(client["config"])
         changes = compare(old, self.config.resolved(), past=client.get("past"), schedule=self.schedule, step=step)
         check(changes, str(path))
-        now = dist.get_world_size() if dist.is_initialized() else 1
+        now = world_size()
         return client, [Change("ranks", world, now), *changes] if world != now else changes
