@@ -11,12 +11,16 @@ import argparse
 import json
 import os
 import sys
+import time
 import traceback
 from pathlib import Path
 
 from efftrain_ds.cli.args import add_config_arguments
 from efftrain_ds.cli.search import SEARCHES, add_output_argument
 from efftrain_ds.core.errors import ConfigError, EffTrainError, ModelError, PlanError
+
+WAIT_FOR_THE_FIRST = 60.0
+"""Seconds that rank 0 has to say what is wrong before the others do."""
 
 
 def main() -> int:
@@ -58,9 +62,11 @@ def main() -> int:
 
             Trainer(config, measure_steps=arguments.measure).run()
     except EffTrainError as error:
-        # what is wrong with the input is the same on all ranks: one of them says it
-        if rank == 0 or not isinstance(error, (ConfigError, PlanError, ModelError)):
-            print(f"[rank {rank}] {error}" if rank else str(error), file=sys.stderr, flush=True)
+        if rank and isinstance(error, (ConfigError, PlanError, ModelError)):
+            # What is wrong with the input is the same on all ranks: the first one says it. The launcher ends all ranks
+            # as soon as one has failed, so the others stay until then; one that nobody ends says it, too.
+            time.sleep(WAIT_FOR_THE_FIRST)
+        print(f"[rank {rank}] {error}" if rank else str(error), file=sys.stderr, flush=True)
         return error.exit_code
     except Exception:
         text = traceback.format_exc()
