@@ -27,6 +27,9 @@ BLOCKS = (16, 32, 64, 128)
 HEAD_DIMS = {16: (16, 0), 32: (32, 0), 48: (32, 16), 64: (64, 0), 80: (64, 16), 96: (64, 32), 128: (128, 0)}
 """Head dims and the two parts they are computed in."""
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+FP32_BLOCKS = {80: {128: 64}, 89: {80: 64, 128: 0}}
+"""Largest block whose fp32 backward kernels fit the shared memory, by head dim, where that is not every block: keys are
+80 for GPUs with 164 KiB and 89 for those with 100 KiB of compute capability 8."""
 
 
 def supports(q: Tensor, k: Tensor, v: Tensor, block: int, scale: float) -> str | None:
@@ -56,6 +59,25 @@ def supports(q: Tensor, k: Tensor, v: Tensor, block: int, scale: float) -> str |
     if max(-(-q_len // block), -(-k.shape[1] // block)) * images * heads >= 2**31:
         return f"{images} images x {heads} heads x {q_len} tokens make more tiles than a grid has"
     return None
+
+
+def too_large(capability: tuple[int, int], dtype: torch.dtype, head_dim: int, block: int) -> str | None:
+    """Why a GPU has too little shared memory for the backward kernels; None where it has enough.
+
+    Args:
+        capability: of the GPU.
+        dtype: of q, k, v.
+        head_dim: D.
+        block: tokens of a mask block.
+    """
+    if dtype != torch.float32 or capability[0] != 8:
+        return None
+    arch = 80 if capability[1] in (0, 7) else 89
+    most = FP32_BLOCKS[arch].get(head_dim, block)
+    if block <= most:
+        return None
+    allowed = f"blocks up to {most}" if most else "16-bit types"
+    return f"float32, head dim {head_dim}, blocks of {block} on sm_{capability[0]}{capability[1]}; allowed: {allowed}"
 
 
 def tail_width(length: int, block: int) -> int:

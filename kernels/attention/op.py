@@ -203,6 +203,12 @@ def _decide(device_type: str, number: int, dtype: torch.dtype, dim: int, length:
         if unable is not None:
             raise ValueError(f"attention has no kernels for {unable}")
         reason = runtime.why_not(device_type, number)
+        if reason is None and device_type == "cuda":
+            from .lists import too_large
+
+            small = too_large(torch.cuda.get_device_capability(number), dtype, dim, block or BLOCK)
+            if small is not None:
+                raise ValueError(f"attention has no kernels for {small}")
         if reason is not None:
             forced = f"{runtime.VARIABLE}=triton" if side else f"route={route!r}"
             raise RuntimeError(f"{forced}, but attention cannot run its kernels: {reason}")

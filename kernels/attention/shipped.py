@@ -74,7 +74,11 @@ def chosen(key: Key, side: str, tokens: int) -> Launch:
 
 
 def _cases(key: Key) -> Iterator[GateCase]:
-    """Cases of one key, equal ones among them."""
+    """Cases of one key, equal ones among them; none where the operation refuses to launch."""
+    from .lists import too_large
+
+    if too_large(divmod(CAPABILITIES[key.arch], 10), _dtype(key), key.head_dim, key.block) is not None:
+        return
     for tokens in lengths(key):
         for side in ("forward", "backward"):
             launch = chosen(key, side, tokens)

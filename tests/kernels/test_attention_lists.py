@@ -364,3 +364,12 @@ def test_offsets_beyond_32_bits():
     )
     for x, y in zip((out, lse, *gradient.unbind(2)), wanted, strict=True):
         assert torch.equal(x, y)
+
+
+def test_fp32_that_no_gpu_of_a_kind_has_shared_memory_for_is_refused() -> None:
+    fp32, bf16 = torch.float32, torch.bfloat16
+    assert lists.too_large((8, 9), fp32, 128, 16) is not None  # not even the smallest blocks
+    assert "blocks up to 64" in (lists.too_large((8, 6), fp32, 80, 128) or "")
+    assert lists.too_large((8, 0), fp32, 128, 128) is not None
+    for fits in [((8, 0), fp32, 128, 64), ((8, 9), fp32, 80, 64), ((8, 9), bf16, 128, 128), ((9, 0), fp32, 128, 128)]:
+        assert lists.too_large(*fits) is None
