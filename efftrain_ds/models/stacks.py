@@ -10,7 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ..core.errors import ModelError
 from ..zero.blueprint import make_blueprint
@@ -24,19 +26,36 @@ _OUTLOOKER_SHARE = 0.23  # AutoProg's reference code: share of VOLO's depth that
 class ElasticSequential(nn.Sequential):
     """A Sequential that can run only some of its blocks; parameter names are those of `nn.Sequential`.
 
+    Which ones can come with the call, or stand in `active` for callers that pass only the input.
+
     Attributes:
         active: indices of the blocks that run, ascending; None runs all.
+        checkpointing: recompute each block in the backward pass, with the arguments of its own call.
     """
 
     active: tuple[int, ...] | None = None
+    checkpointing: bool = False
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Run the active blocks in order; with none of them the input is returned."""
-        if self.active is None:
+    def forward(
+        self, x: Tensor, layers: Sequence[int] | None = None, args: Sequence[tuple[Any, ...]] | None = None
+    ) -> Tensor:
+        """Run the chosen blocks in order; with none of them the input is returned.
+
+        Args:
+            x: input of the first block.
+            layers: indices of the blocks that run; None takes `active`.
+            args: further arguments of each of them, in the same order.
+        """
+        layers = self.active if layers is None else layers
+        if layers is None and args is None and not self.checkpointing:
             return super().forward(x)
         blocks = list(self._modules.values())
-        for index in self.active:
-            x = blocks[index](x)
+        for position, index in enumerate(range(len(blocks)) if layers is None else layers):
+            given = () if args is None else args[position]
+            if self.checkpointing and torch.is_grad_enabled():
+                x = checkpoint(blocks[index], x, *given, use_reentrant=False)
+            else:
+                x = blocks[index](x, *given)
         return x
 
 

@@ -11,9 +11,9 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from ..core.errors import ModelError
-from .growth import check_positions, interpolation, new_blocks
-from .stacks import ElasticSequential, blocks_of, split_depth, stacks_of
+from ...core.errors import ModelError
+from ..growth import check_positions, interpolation, new_blocks
+from ..stacks import ElasticSequential, blocks_of, split_depth, stacks_of
 
 __all__ = ["ElasticSequential", "path_of", "paths_for", "set_paths", "skipped_names", "supernet_order"]
 
