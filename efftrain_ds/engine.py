@@ -32,7 +32,7 @@ from .zero.ema import ShardedEma
 from .zero.rebuild import Rebuilder, Report
 from .zero.request import RebuildRequest, compose_requests
 
-_HOOKS = ("on_stage_enter", "on_step_start", "on_batch", "on_boundary", "on_step_end", "loss_term")
+_HOOKS = ("on_stage_enter", "on_step_start", "on_pass", "on_batch", "on_boundary", "on_step_end", "loss_term")
 
 
 class EfficientEngine(Checkpointing):
@@ -49,6 +49,7 @@ class EfficientEngine(Checkpointing):
         ema: average of the weights, or None.
         rebuilder: changes parameters in mid-run, or None where nothing was set up for it.
         guard: refuses non-finite steps and the like, or None.
+        passes: forward and backward passes over each micro-batch, see `each_pass`.
         rebuilds: history of changes of parameters: plain dictionaries, stored in checkpoints.
     """
 
@@ -89,10 +90,13 @@ class EfficientEngine(Checkpointing):
         if record is not None:
             self.context.record = record
         own["_owns_batch"] = owns_batch
+        own["_batch_set"] = False
         own["_begun"] = False
         own["_in_flight"] = False
         own["_evaluating"] = False
         own["_prepared"] = False
+        own["passes"] = _passes_of(methods)
+        own["_pass"] = None
         own["_hooks"] = {
             hook: [m for m in methods if getattr(type(m), hook) is not getattr(Method, hook)] for hook in _HOOKS
         }
@@ -122,6 +126,12 @@ class EfficientEngine(Checkpointing):
             self.ema.refresh()
         if not self._plain and self.deepspeed_engine.module.training:
             self.begin_step()
+            if self._pass is None and self.passes > 1:
+                name = next(m.name for m in self.methods if m.passes > 1)
+                raise ConfigError(
+                    f"efftrain.methods.{name} takes {self.passes} passes over every batch: run forward, loss, backward "
+                    "and step inside `for _ in engine.each_pass():`"
+                )
             if self._hooks["on_batch"] and not self._prepared:
                 if not inputs or not isinstance(inputs[0], Tensor):
                     self._warn_no_images()
@@ -153,6 +163,22 @@ class EfficientEngine(Checkpointing):
 
     # -- the loop ----------------------------------------------------------------------------------------------
 
+    def each_pass(self) -> Iterator[int]:
+        """The passes over one micro-batch, one where no method asks for more.
+
+        In each, run the forward pass, `loss`, `backward` and `step` (DeepSpeed counts every pass as a micro-batch of
+        its accumulation; its batch size is therefore that of all passes together). A batch that was prepared before is
+        prepared for all of them.
+        """
+        prepared = self._prepared
+        for index in range(self.passes):
+            self.begin_step()
+            self._pass, self._prepared = index, prepared
+            for method in self._hooks["on_pass"]:
+                method.on_pass(self.context, index)
+            yield index
+        self._pass, self._prepared = None, False
+
     @property
     def step_index(self) -> int:
         """Optimizer steps completed (skipped ones included)."""
@@ -173,6 +199,7 @@ class EfficientEngine(Checkpointing):
             return
         ctx = self.context
         self._begun = True
+        self._count_passes()
         if self.schedule is not None:
             stage = self.schedule.stage_at(ctx.step)
             if stage is not ctx.stage:
@@ -180,6 +207,14 @@ class EfficientEngine(Checkpointing):
                     self._try_to_enter(stage)
         for method in self._hooks["on_step_start"]:
             method.on_step_start(ctx)
+
+    def _count_passes(self) -> None:
+        """Make DeepSpeed's accumulation that of all passes, where the batch is the user's."""
+        if self.passes > 1 and not self._owns_batch and not self._batch_set:
+            engine = self.deepspeed_engine
+            micro, accumulation = engine.train_micro_batch_size_per_gpu(), engine.gradient_accumulation_steps()
+            access.set_batch(engine, micro, accumulation * self.passes)
+            self._batch_set = True  # a rebuild carries it over
 
     def _try_to_enter(self, stage: Stage) -> None:
         """Enter a stage; where that fails, step and methods are as before, so that it can be tried or left again."""
@@ -204,7 +239,7 @@ class EfficientEngine(Checkpointing):
         if self.guard is not None:
             self.guard.expect_compilation()
         if self._owns_batch:
-            access.set_batch(self.deepspeed_engine, stage.micro_batch, stage.accumulation)
+            access.set_batch(self.deepspeed_engine, stage.micro_batch, stage.accumulation * self.passes)
         ctx.record(
             "stage",
             index=stage.index,
@@ -353,7 +388,8 @@ class EfficientEngine(Checkpointing):
             term = method.loss_term(self.context, outputs, batch)
             if term is not None:
                 total = total + term
-        return total
+        # DeepSpeed divides by its accumulation, which counts every pass, but passes are summed
+        return total * self.passes if self.passes > 1 else total
 
     def step(self, *args: Any, **kwargs: Any) -> None:
         """DeepSpeed's step; at the boundary the methods act before and after it.
@@ -415,3 +451,16 @@ class EfficientEngine(Checkpointing):
             finally:
                 self._evaluating = nested
                 self.deepspeed_engine.train(was_training)
+
+
+def _passes_of(methods: Sequence[Method]) -> int:
+    """Passes over each micro-batch.
+
+    Raises:
+        ConfigError: two methods ask for several.
+    """
+    repeating = [m for m in methods if m.passes > 1]
+    if len(repeating) > 1:
+        names = ", ".join(m.name for m in repeating)
+        raise ConfigError(f"efftrain.methods: only one method may take several passes over a batch, found {names}")
+    return repeating[0].passes if repeating else 1

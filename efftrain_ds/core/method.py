@@ -118,6 +118,18 @@ class Method:
     def on_step_start(self, ctx: Context) -> None:
         """Called before the first micro-batch of an optimizer step."""
 
+    @property
+    def passes(self) -> int:
+        """Forward and backward passes over each micro-batch, e.g. one for each of several sub-networks.
+
+        Constant for a run; at most one method may have more than one. The gradient of a step is the sum over the passes
+        (and the mean over micro-batches and ranks, as ever).
+        """
+        return 1
+
+    def on_pass(self, ctx: Context, index: int) -> None:
+        """Called before each forward pass of training, `index` counting the passes over a micro-batch from 0."""
+
     def on_batch(self, ctx: Context, batch: Batch) -> Batch:
         """Change inputs or targets, on the device."""
         return batch
@@ -162,6 +174,14 @@ class Method:
 
     def scalars(self, ctx: Context) -> dict[str, float]:
         """Values for the log, by TensorBoard tag."""
+        return {}
+
+    def pictures(self, ctx: Context) -> dict[str, Tensor]:
+        """Pictures of the method's state for TensorBoard and the run's folder, uint8 [3, H, W] by TensorBoard tag.
+
+        Asked of rank 0 alone, after the steps that ``efftrain.observe.images_every`` names: nothing here may be
+        collective. Where it raises, the run goes on without the picture.
+        """
         return {}
 
     def describe(self, stage: Stage) -> str:
