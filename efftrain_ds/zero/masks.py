@@ -1,4 +1,4 @@
-"""Zeros in the training state: masters, optimizer state, working weights and average of chosen entries, on any stage.
+"""Chosen entries of the training state, written on any stage: masters, optimizer state, working weights, average.
 
 Each rank writes what it holds itself, so nothing is communicated; only `ShardedMasks.magnitudes` gathers.
 """
@@ -23,7 +23,7 @@ BUCKET_ELEMENTS = 1 << 24
 
 
 class ShardedMasks:
-    """Writes zeros into, and reads, sharded training state by parameter name.
+    """Writes into, and reads, sharded training state by parameter name.
 
     Holds no state of its own: the layout is looked up at each call, so an object made for an `EfficientEngine` stays
     valid when its partitions are rebuilt.
@@ -79,7 +79,6 @@ class ShardedMasks:
                     found[name] = parameters[name].detach().to(device=device, dtype=torch.float32, copy=True)
         return {name: found[name] for name in names}
 
-    @torch.no_grad()
     def zero_(self, entries: Mapping[str, Tensor], moments: bool = True) -> None:
         """Write zeros where `entries` is True, between two optimizer steps. No communication.
 
@@ -91,13 +90,33 @@ class ShardedMasks:
             EffTrainError: a name is not a parameter, a shape is not its, or the average is swapped in. Nothing was
                 written.
         """
+        self.write_({name: (chosen, 0.0) for name, chosen in entries.items()}, moments)
+
+    @torch.no_grad()
+    def write_(self, entries: Mapping[str, tuple[Tensor, Tensor | float]], moments: bool = True) -> None:
+        """Write values into masters, working weights and average, and zeros into the optimizer state beside them.
+
+        Between two optimizer steps. No communication.
+
+        Args:
+            entries: (chosen, values) by name, the same on all ranks: bool in the full shape of the parameter, True
+                where to write, and fp32 in that shape (or one number).
+            moments: write the optimizer state of these entries.
+
+        Raises:
+            EffTrainError: a name is not a parameter, a shape is not its, or the average is swapped in. Nothing was
+                written.
+        """
         parameters = self._parameters(entries)
-        for name, chosen in entries.items():
-            if chosen.shape != access.full_shape(parameters[name]) or chosen.dtype != torch.bool:
+        for name, (chosen, values) in entries.items():
+            shape = access.full_shape(parameters[name])
+            if chosen.shape != shape or chosen.dtype != torch.bool:
                 raise EffTrainError(
-                    f"{name} has shape {list(access.full_shape(parameters[name]))}; entries of shape "
-                    f"{list(chosen.shape)}, {chosen.dtype} do not fit (allowed: that shape, torch.bool)"
+                    f"{name} has shape {list(shape)}; entries of shape {list(chosen.shape)}, {chosen.dtype} do not fit "
+                    "(allowed: that shape, torch.bool)"
                 )
+            if isinstance(values, Tensor) and values.shape != shape:
+                raise EffTrainError(f"{name} has shape {list(shape)}; values of shape {list(values.shape)} do not fit")
         average = self.average
         if average is not None and average.swapped:
             raise EffTrainError("masters cannot be written while the average is swapped in (evaluating)")
@@ -106,11 +125,13 @@ class ShardedMasks:
             torch.cuda.synchronize()  # copies between an offloaded optimizer and the device may be on their way
         for fragment in layout.fragments:
             if fragment.name in entries:
-                chosen = entries[fragment.name].reshape(-1).narrow(0, fragment.start, fragment.length)
-                for view in _views(layout, fragment, average, moments):
+                chosen, values = (_cut(each, fragment.start, fragment.length) for each in entries[fragment.name])
+                for view in _views(layout, fragment, average):
+                    _write(view, chosen, values)
+                for view in _moments(layout, fragment) if moments else ():
                     view.masked_fill_(chosen.to(view.device), 0.0)
-        for name, chosen in entries.items():
-            _zero_working(parameters[name], chosen)
+        for name, (chosen, values) in entries.items():
+            _write_working(parameters[name], chosen, values)
 
     def apply(self, masks: Mapping[str, Tensor], moments: bool = True) -> None:
         """Write zeros outside of `masks`: at the start, after a load, or after every step that does not keep them.
@@ -132,7 +153,7 @@ class ShardedMasks:
             if fragment.name not in masks:
                 continue
             outside = ~masks[fragment.name].reshape(-1).narrow(0, fragment.start, fragment.length)
-            views = _views(layout, fragment, None, moments)
+            views = [*_views(layout, fragment, None), *(_moments(layout, fragment) if moments else ())]
             count = sum(int(torch.count_nonzero(view[outside.to(view.device)])) for view in views)
             if count:
                 found[fragment.name] = found.get(fragment.name, 0) + count
@@ -159,24 +180,44 @@ def _buckets(names: Iterable[str], layout: Layout) -> Iterator[list[str]]:
         yield bucket
 
 
-def _views(layout: Layout, fragment: Fragment, average: ShardedEma | None, moments: bool) -> Iterator[Tensor]:
-    """Master, optimizer state and average of one fragment, each [length]; only what exists."""
-    master = layout.flats[fragment.flat].master
-    tensors = [master.data]
-    if moments:
-        state = layout.base.state.get(master, {})
-        tensors += [v for v in state.values() if torch.is_tensor(v) and v.shape == master.shape]
+def _views(layout: Layout, fragment: Fragment, average: ShardedEma | None) -> Iterator[Tensor]:
+    """Master and average of one fragment, each [length]; only what exists."""
+    yield _part(layout.flats[fragment.flat].master.data, fragment)
     if average is not None:
-        tensors.append(average.shadow[fragment.flat])
-    for tensor in tensors:
-        yield tensor.view(-1).narrow(0, fragment.offset, fragment.length)
+        yield _part(average.shadow[fragment.flat], fragment)
 
 
-def _zero_working(parameter: nn.Parameter, chosen: Tensor) -> None:
-    """Zeros in the weight that the forward pass reads, as far as this rank holds it."""
+def _moments(layout: Layout, fragment: Fragment) -> Iterator[Tensor]:
+    """Optimizer state of one fragment, each [length]; only what exists."""
+    master = layout.flats[fragment.flat].master
+    for value in layout.base.state.get(master, {}).values():
+        if torch.is_tensor(value) and value.shape == master.shape:
+            yield _part(value, fragment)
+
+
+def _part(tensor: Tensor, fragment: Fragment) -> Tensor:
+    return tensor.view(-1).narrow(0, fragment.offset, fragment.length)
+
+
+def _cut(entries: Tensor | float, start: int, length: int) -> Any:
+    """A stretch of the flattened entries; a number is the same everywhere."""
+    return entries.reshape(-1).narrow(0, start, length) if isinstance(entries, Tensor) else entries
+
+
+def _write(target: Tensor, chosen: Tensor, values: Tensor | float) -> None:
+    """`values` where `chosen`, in place; the target may lie elsewhere and be less precise."""
+    chosen = chosen.to(target.device)
+    if isinstance(values, Tensor):
+        target.copy_(torch.where(chosen, values.to(device=target.device, dtype=target.dtype), target))
+    else:
+        target.masked_fill_(chosen, values)
+
+
+def _write_working(parameter: nn.Parameter, chosen: Tensor, values: Tensor | float) -> None:
+    """Values in the weight that the forward pass reads, as far as this rank holds it."""
     data = parameter.data
     if data.shape == chosen.shape:  # stages 0 to 2; on stage 3 the small weights that stay gathered
-        data.masked_fill_(chosen.to(data.device), 0.0)
+        _write(data, chosen, values)
     if hasattr(parameter, "ds_id"):
         start, part = access.partition(parameter)
-        part.masked_fill_(chosen.reshape(-1).narrow(0, start, part.numel()).to(part.device), 0.0)
+        _write(part, _cut(chosen, start, part.numel()), _cut(values, start, part.numel()))

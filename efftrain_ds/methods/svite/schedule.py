@@ -9,7 +9,9 @@ import math
 from dataclasses import dataclass
 from fractions import Fraction
 
+from ...core.durations import parse_duration
 from ...core.errors import ConfigError
+from ...core.timeline import PlanSpec
 
 ALPHAS = ("paper", "reference", "constant")
 
@@ -17,6 +19,24 @@ ALPHAS = ("paper", "reference", "constant")
 def scaled_interval(every: int, total: int, new_total: int) -> int:
     """The interval that keeps the number of updates when a run of `total` steps becomes one of `new_total`."""
     return max(1, math.floor(Fraction(every * new_total, total) + Fraction(1, 2)))
+
+
+def check_interval(text: str) -> str:
+    """The text itself, for the configuration's models.
+
+    Raises:
+        ValueError: it is no interval in steps, epochs or percent.
+    """
+    duration = parse_duration(text)
+    if duration.seconds is not None or not duration.value:
+        raise ValueError(f'an interval is in steps, epochs or percent ("500st", "2ep", "1%") above 0, found {text!r}')
+    return text
+
+
+def interval_steps(text: str, spec: PlanSpec, total: int) -> int:
+    """An interval in optimizer steps of a run of `total` steps, at least one."""
+    per_epoch = spec.samples / spec.batch if spec.samples else float(total)
+    return max(1, parse_duration(text).steps(per_epoch, total) or 0)
 
 
 def end_step(total: int, share: float) -> int:

@@ -138,3 +138,41 @@ def test_loss_scale():
     assert of(torch_autocast_gradscaler=SimpleNamespace(get_scale=lambda: 8.0)) == 8.0
     proxy = SimpleNamespace(deepspeed_engine=SimpleNamespace(optimizer=SimpleNamespace()))
     assert loss_scale(proxy) == 1.0
+
+
+@pytest.mark.parametrize("optimizer", ["AdamW", "SGD"])
+@pytest.mark.parametrize("moments", [True, False])
+def test_values_are_written_beside_zero_moments(optimizer, moments):
+    engine = engine_of(optimizer)
+    ema = ShardedEma(layout_of(engine), 0.9)
+    entries = {
+        "0.weight": (torch.rand(7, 5) < 0.5, torch.randn(7, 5)),
+        "1.bias": (torch.tensor([True, False, True]), torch.randn(3)),
+        "0.bias": (torch.rand(7) < 0.5, 0.25),
+    }
+    before = everything(engine, ema)
+    ShardedMasks(engine, ema).write_(entries, moments)
+    state = {"exp_avg", "exp_avg_sq", "momentum_buffer"}
+    kinds = set()
+    for full, value in everything(engine, ema).items():
+        kind, name = full.split("/")
+        want = before[full]
+        if name in entries and value.shape == entries[name][0].shape:
+            chosen, values = entries[name]
+            if kind not in state:
+                want = torch.where(chosen, values, want)
+            elif moments:
+                want = want.masked_fill(chosen, 0.0)
+            kinds.add(kind)
+        assert torch.equal(value, want), full
+    assert kinds >= {"weight", "ema"}
+    assert kinds & state
+
+
+def test_values_of_another_shape_are_refused():
+    engine = engine_of()
+    before = everything(engine)
+    chosen = torch.ones(7, 5, dtype=torch.bool)
+    with pytest.raises(EffTrainError, match=r"0.weight has shape \[7, 5\]; values of shape \[5\]"):
+        ShardedMasks(engine).write_({"0.bias": (chosen[:, 0], 1.0), "0.weight": (chosen, torch.ones(5))})
+    assert all(torch.equal(before[n], v) for n, v in everything(engine).items())
