@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from ...core.errors import ModelError
+from ...models.tokens import selector_of
 from .densities import clean_name
 
 _PATCH, _HEADS = "patch_embed.proj.weight", ("head.weight", "head_dist.weight")
@@ -113,6 +114,52 @@ def live_macs(
     return counts.macs(patches, getattr(model, "num_prefix_tokens", 1), kept)
 
 
+def selected_tokens(model: nn.Module, resolution: int) -> int | None:
+    """Tokens S_k of an image of side `resolution` in the blocks of a model that drops some; None where all go on.
+
+    Tokens that are only set to zero go on.
+    """
+    selector = selector_of(model)
+    if selector is None or selector.select != "gather":
+        return None
+    side = model.get_submodule("patch_embed.proj").kernel_size[0]  # type: ignore[index,union-attr]
+    return selector.kept((-(-resolution // side)) ** 2 + selector.prefix)
+
+
 def live_density(masks: Mapping[str, Tensor]) -> float:
     """Live share of all masked units."""
     return sum(int(m.sum()) for m in masks.values()) / max(1, sum(m.numel() for m in masks.values()))
+
+
+def live_facts(
+    model: nn.Module,
+    resolution: int,
+    shapes: Mapping[str, tuple[int, ...]],
+    masks: Mapping[str, Tensor],
+    union: Mapping[str, Tensor],
+) -> dict[str, float]:
+    """Live density, MACs where the model is of a known kind, and exploration R_s.
+
+    Args:
+        model: the model.
+        resolution: side of the images in pixels.
+        shapes: of all weights that the density is counted over, by clean name.
+        masks: bool in the weights' shapes, of those that are masked.
+        union: running OR of the masks, in entries or in units of several.
+
+    Returns:
+        "density"; "macs" and "dense_macs" of the forward pass of an image; "explored".
+    """
+    total = sum(math.prod(shape) for shape in shapes.values())
+    dead = sum(mask.numel() - int(mask.sum()) for mask in masks.values())
+    found: dict[str, float] = {"density": 1 - dead / max(1, total)}
+    try:
+        kept = selected_tokens(model, resolution)
+        macs = [live_macs(model, resolution, masks, kept=kept), live_macs(model, resolution)]
+    except (ModelError, AttributeError):  # no plain vision transformer
+        macs = []
+    found |= dict(zip(("macs", "dense_macs"), macs, strict=False))
+    entries = sum(math.prod(shapes[name]) for name in union)
+    seen = sum(math.prod(shapes[n]) // u.numel() * int(u.sum()) for n, u in union.items())
+    found["explored"] = seen / max(1, entries)
+    return found

@@ -64,6 +64,8 @@ def maskable(model: nn.Module, scope: str = "all", *, exclude: Collection[str] =
         shape = tuple(getattr(parameter, "ds_shape", parameter.shape))  # a ZeRO-3 partition is flat
         if len(shape) not in (2, 4) or any(word in name for word in _NEVER) or _below(name, exclude):
             continue
+        if getattr(modules.get(owner), "efftrain_dense", False):
+            continue
         block = next((b for b in blocks if not b or name.startswith(b + ".")), None)
         if scope == "encoder" and block is None:
             continue
