@@ -8,6 +8,9 @@ optimizers, ZeRO partitions, compiled checkpoint formats and deep copies see the
 A rebuild of the engine makes new modules. They hold the masks' present values, but they are other objects, and their
 routes are those of the model that was given to ``initialize``: after a rebuild fetch the masks from ``engine.module``
 again and call `update_routes`.
+
+A mask is for one number of tokens. Where sequences of several lengths pass (`serve_lengths`), the others get masks that
+are made when the first of them arrives; these follow from a pattern, so they are not in the state dict.
 """
 
 from __future__ import annotations
@@ -23,8 +26,11 @@ from torch import Tensor, nn
 from ..core.errors import ModelError, NoEffectWarning
 from ..kernels.attention import BlockMask, attention, attention_qkv, route_for
 from ..zero.access import full_shape
+from .attention_scores import observed
 
 Masks = Mapping[str, BlockMask | None] | Callable[[str, nn.Module], BlockMask | None] | None
+MaskOfLength = Callable[[int], BlockMask | None]
+"""From a number of tokens to the mask for it, on the host; None where such a sequence attends to everything."""
 
 
 def use_block_attention(model: nn.Module, masks: Masks = None) -> list[str]:
@@ -107,11 +113,54 @@ def update_routes(model: nn.Module, dtype: torch.dtype | None = None) -> dict[st
     return routes
 
 
+def masked_attention(model: nn.Module) -> dict[str, nn.Module]:
+    """Attention layers that have a mask, by module name, in the model's order (equal on all ranks)."""
+    found = ((name, module) for name, module in model.named_modules() if isinstance(module, _BlockCore))
+    return {name: module for name, module in found if module.block_mask is not None}
+
+
+def serve_lengths(model: nn.Module, makers: Mapping[str, MaskOfLength]) -> None:
+    """Let masked layers take sequences of other lengths than that of their mask.
+
+    Args:
+        model: after `use_block_attention`.
+        makers: by module name. Give functions that can be pickled where the model shall be.
+
+    Raises:
+        ModelError: a name that is no layer with a mask.
+    """
+    layers = masked_attention(model)
+    for name, make in makers.items():
+        if name not in layers:
+            raise ModelError(f'serve_lengths: "{name}" is no attention layer with a mask; there are: {list(layers)}')
+        layers[name].length_masks = _LengthMasks(make)
+
+
+class _LengthMasks:
+    """Masks for other lengths, made once for each length and device. No module: buffers would come into checkpoints."""
+
+    def __init__(self, make: MaskOfLength):
+        self.make = make
+        self.made: dict[tuple[int, torch.device], BlockMask | None] = {}
+
+    @torch.compiler.disable
+    def at(self, tokens: int, device: torch.device) -> BlockMask | None:
+        """The mask for `tokens` tokens, with its lists on `device`."""
+        key = (int(tokens), device)
+        if key not in self.made:
+            mask = self.make(key[0])
+            self.made[key] = None if mask is None else mask.to(device)
+        return self.made[key]
+
+
 class _BlockCore(nn.Module):
     """timm's ``Attention`` with another core; everything else as there."""
 
     block_mask: BlockMask | None
     attention_route: str
+    length_masks: _LengthMasks | None = None
+    score_probe: Tensor | None = None
+    """While scores are collected: see `attention_scores`."""
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """Self-attention of tokens [B, N, C].
@@ -126,13 +175,18 @@ class _BlockCore(nn.Module):
         batch, tokens, _ = x.shape
         gate = getattr(self, "gate", None)
         share = gate(x).sigmoid() if gate is not None else None
+        mask = self.block_mask
+        if mask is not None and self.length_masks is not None and mask.q_len != tokens:
+            mask = self.length_masks.at(tokens, x.device)
         qkv = self.qkv(x).reshape(batch, tokens, 3, self.num_heads, self.head_dim)
+        q, k, v = qkv.unbind(2)
         if isinstance(self.q_norm, nn.Identity) and isinstance(self.k_norm, nn.Identity):
-            out = attention(qkv, self.block_mask, self.scale, route=self.attention_route)
+            out = attention(qkv, mask, self.scale, route=self.attention_route)
         else:
-            q, k, v = qkv.unbind(2)
             q, k = self.q_norm(q), self.k_norm(k)
-            out = attention_qkv(q, k, v, self.block_mask, self.scale, route=self.attention_route)
+            out = attention_qkv(q, k, v, mask, self.scale, route=self.attention_route)
+        if self.score_probe is not None and mask is not None and torch.is_grad_enabled():
+            out = observed(out, q, k, v, mask.keep, self.score_probe, mask.block, self.scale)
         out = self.norm(out.reshape(batch, tokens, self.num_heads * self.head_dim))
         if share is not None:
             out = out * share
