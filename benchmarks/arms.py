@@ -81,7 +81,8 @@ def compare(
     settings = {"config": args.config, "ranks": args.ranks, "epochs": args.epochs, "seeds": args.seeds}
     result = {**settings, "arms": summary, "runs": rows}
     path = store(name, " ".join(["python", *sys.argv]), result, args.out)
-    print(f"\n{_markdown(summary, extra)}\n\nwritten to {path.relative_to(ROOT) if path.is_relative_to(ROOT) else path}")
+    shown = path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
+    print(f"\n{_markdown(summary, extra)}\n\nwritten to {shown}")
 
 
 def _measure(config: str, ranks: int, folder: Path, overrides: list[str], facts: Facts) -> dict[str, Any]:

@@ -3,24 +3,30 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from .config.loader import LoadedConfig
+from .core.context import Context
 from .core.errors import ConfigError
+from .core.method import Method
 from .core.ranks import agree
 from .core.redact import redacted
 from .cost.plan import PricedPlan
 from .observe.environment import environment
 from .observe.journal import Journal
+from .observe.pictures import save_png
 from .observe.tensorboard import TensorBoard
 from .observe.wandb import Boards, WandB
 
-_SHOWN = ("rebuild", "growth", "growth_search", "unfreeze_search", "mask_update", "nonfinite")
+_logger = logging.getLogger(__name__)
+
+_SHOWN = ("rebuild", "growth", "growth_search", "unfreeze_search", "mask_update", "unit_update", "units_removed", "nonfinite")
 """Events of the journal that TensorBoard shows as text."""
 
 
@@ -109,6 +115,20 @@ class RunLogs:
         """Numbers for the boards."""
         if self.board is not None:
             self.board.scalars(values, step)
+
+    def pictures(self, methods: Sequence[Method], ctx: Context, step: int) -> None:
+        """Pictures of the methods' state, for the boards and as ``pictures/<tag>-step-<step>.png``; rank 0 only."""
+        if not self._enabled:
+            return
+        for method in methods:
+            try:
+                for tag, picture in method.pictures(ctx).items():
+                    pixels = picture.permute(1, 2, 0).contiguous().cpu().numpy()
+                    if self.board is not None:
+                        self.board.image(tag, pixels, step)
+                    save_png(pixels, self.output / "pictures" / f"{tag.replace('/', '-')}-step-{step:08d}.png")
+            except Exception as error:  # one rank alone must not leave the run over a picture
+                _logger.warning("no picture of %s at step %d: %s: %s", method.name, step, type(error).__name__, error)
 
     def write_plan(self, plan: PricedPlan) -> None:
         """Keep the plan as it is now: a search may have chosen other stages than were assumed."""

@@ -1,4 +1,4 @@
-"""``efftrain export``: a checkpoint as timm weights, ONNX, or a folder for a model hub; needs no device."""
+"""``efftrain export``: a checkpoint as timm weights, ONNX, a small model, or a folder for a hub; needs no device."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from ..core.errors import ConfigError
 
-_FORMATS = ("timm", "onnx", "hub")
+_FORMATS = ("timm", "onnx", "hub", "compact")
 
 
 def add_parser(subparsers: Any) -> argparse.ArgumentParser:
@@ -30,7 +30,8 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
         choices=_FORMATS,
         default=["hub"],
         dest="formats",
-        help="timm: model.safetensors and config.json; hub: these and a model card (default); onnx: model.onnx",
+        help="timm: model.safetensors and config.json; hub: these and a model card (default); onnx: model.onnx; "
+        "compact: only live heads and neurons, for efftrain_ds.export.compact.load_compact",
     )
     parser.add_argument(
         "--config", metavar="FILE", help="configuration with efftrain.model, for checkpoints of a loop of your own"
@@ -44,8 +45,8 @@ def run(args: argparse.Namespace) -> int:
     """Export and say what was written.
 
     Raises:
-        CheckpointError: damaged, or not expressible as a timm model.
-        ModelError: not expressible as ONNX.
+        CheckpointError: damaged, or not expressible in the format.
+        ModelError: not expressible as ONNX, or as a compact model.
         ConfigError: a package is missing, or the configuration cannot be read.
     """
     from dataclasses import asdict
@@ -83,4 +84,6 @@ def _lines(result: Any) -> list[str]:
     rows += [("note", note) for note in result.notes]
     if "config.json" in result.files:
         rows.append(("load", f'timm.create_model("local-dir:{result.output}", pretrained=True)'))
+    if "compact.json" in result.files:
+        rows.append(("load", f'efftrain_ds.export.compact.load_compact("{result.output}")'))
     return facts(rows)

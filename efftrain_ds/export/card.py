@@ -108,6 +108,8 @@ class Card:
     pretrained: bool
     onnx: bool
     run: RunFacts
+    compact: bool = False
+    live: str = ""
 
     def text(self) -> str:
         """The card as Markdown with the front matter of model hubs."""
@@ -128,6 +130,8 @@ class Card:
             ("Weights", f"{weights} at step {self.step:,}, fp32"),
             ("Input", size),
         ]
+        if self.live:
+            rows.append(("Live units", f"{self.live}; zeros stand at the others"))
         if self.run.train:
             rows.append(("Training data", f"`{self.run.train}`"))
         if self.run.top1 is not None:
@@ -153,8 +157,9 @@ class Card:
 
     def _use(self) -> str:
         arguments = "".join(f", {key}={value!r}" for key, value in self.arguments.items())
+        ours = "import efftrain_ds.models.cswin  # timm has no CSWin\n" if self.model.startswith("cswin_") else ""
         text = (
-            "```python\nimport timm\n\n"
+            f"```python\n{ours}import timm\n\n"
             '# this folder, or "hf-hub:<owner>/<name>" once it is on a hub\n'
             'model = timm.create_model("local-dir:.", pretrained=True).eval()\n'
             "transform = timm.data.create_transform(**timm.data.resolve_data_config({}, model=model))\n\n"
@@ -162,6 +167,12 @@ class Card:
             f'model = timm.create_model("{self.model}"{arguments})\n'
             'timm.models.load_checkpoint(model, "model.safetensors")\n```\n'
         )
+        if self.compact:
+            text += (
+                "\nWithout the heads and neurons that are zero, with `pip install efftrain-ds`:\n\n"
+                "```python\nfrom efftrain_ds.export.compact import load_compact\n\n"
+                'model = load_compact(".")  # compact.json and compact.safetensors\n```\n'
+            )
         if self.onnx:
             text += "\n`model.onnx` takes `images` [batch, channels, height, width] and gives `logits`.\n"
         return text

@@ -1,12 +1,14 @@
-"""A plain timm model from a checkpoint: its architecture is read from the stored names and shapes, its weights from the
-shards, one parameter at a time. No engine, no device and no method's code takes part.
+"""The model of a checkpoint: its architecture is read from the stored names and shapes, its weights from the shards,
+one parameter at a time. No engine, no device and no method's code takes part.
+
+It is a plain timm model, or one with fewer heads and neurons, or with a token selector, where the run trained such.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -18,12 +20,12 @@ from ..config.sections import DataConfig, ModelConfig
 from ..core.errors import CheckpointError, ModelError
 from ..models.adapters import create_model
 from ..models.stacks import prepare_growth, stacks_of
+from ..models.unit_export import dense_twin
+from ..models.units import units_of
+from .compact import NOT_FROM_FILES, shaped, slots_of
 
-_LEFT_OUT = {
-    *("dynamic_img_size", "num_classes", "scriptable", "exportable"),
-    *("pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir"),
-}
-"""Arguments of timm that are set here, or would make it load a file that the checkpoint names."""
+_SELECTOR = "patch_drop."
+"""Where a token selector stands in the model."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,8 @@ class ModelSpec:
         resolution: side in pixels of the images that the run evaluates on.
         data: how an image becomes an input.
         pretrained: the run started from timm's weights.
+        units: heads and neurons of the blocks that have fewer of them than timm's.
+        tokens: arguments of the token selector, or None.
     """
 
     name: str
@@ -45,20 +49,33 @@ class ModelSpec:
     resolution: int
     data: DataConfig
     pretrained: bool
+    units: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    tokens: Mapping[str, Any] | None = None
 
-    def create(self, device: str = "cpu", **kwargs: Any) -> nn.Module:
+    @property
+    def is_plain(self) -> bool:
+        """Whether timm's model computes what the trained one does."""
+        return not self.units and self.tokens is None
+
+    def create(self, device: str = "cpu", *, plain: bool = False, **kwargs: Any) -> nn.Module:
         """The model with fresh weights.
+
+        Args:
+            device: "cpu" or "meta".
+            plain: timm's model of full width without a token selector.
+            **kwargs: further arguments of `timm.create_model`.
 
         Raises:
             ModelError: timm cannot build it.
         """
         with torch.device(device):
-            return create_model(
+            model = create_model(
                 self.name,
                 resolution=self.resolution,
                 num_classes=self.num_classes,
                 **{**self.kwargs, **kwargs},
             )
+            return model if plain else shaped(model, self.units, self.tokens)
 
 
 def model_spec(found: Checkpoint, config: Mapping[str, Any] | None = None) -> ModelSpec:
@@ -87,10 +104,13 @@ def model_spec(found: Checkpoint, config: Mapping[str, Any] | None = None) -> Mo
     if not model.name:
         raise CheckpointError(f"{found.folder}: efftrain.model.name is not given; only timm models can be exported")
     # built for one size, as timm's own checkpoints are: several sizes during training change no parameter
-    kwargs = {key: value for key, value in model.kwargs.items() if key not in _LEFT_OUT}
+    kwargs = {key: value for key, value in model.kwargs.items() if key not in NOT_FROM_FILES}
     spec = ModelSpec(model.name, kwargs, model.num_classes or 1, data.resolution, data, model.pretrained)
     spec = replace(spec, num_classes=_classes(spec, found))
-    return replace(spec, kwargs=_fitted(spec, found))
+    spec = replace(spec, units=_units(spec, found))
+    if not spec.units:
+        spec = replace(spec, kwargs=_fitted(spec, found))
+    return replace(spec, tokens=_tokens(found))
 
 
 def load(spec: ModelSpec, found: Checkpoint, *, average: bool = False, **kwargs: Any) -> nn.Module:
@@ -118,8 +138,71 @@ def load(spec: ModelSpec, found: Checkpoint, *, average: bool = False, **kwargs:
     return model
 
 
+def full_width(spec: ModelSpec, found: Checkpoint, model: nn.Module) -> nn.Module:
+    """A plain timm model with the logits of `model`: zeros stand where it has no heads or neurons.
+
+    Args:
+        spec: of `model_spec`.
+        found: the checkpoint.
+        model: of `load`; it is not changed, and returned where it is plain.
+
+    Raises:
+        CheckpointError: the model selects tokens.
+    """
+    if spec.tokens is not None:
+        raise CheckpointError(
+            f"{found.folder}: the model selects tokens ({spec.tokens['select']}, {spec.tokens['keep']:g} of them), "
+            "which timm's model does not; allowed: the formats compact and onnx"
+        )
+    if spec.is_plain:
+        return model
+    full = units_of(spec.create("meta", plain=True))
+    return dense_twin(model, full, slots_of(found.methods, units_of(model), full))
+
+
 def _shapes(found: Checkpoint) -> dict[str, list[int]]:
-    return found.shapes | found.frozen
+    """Stored parameters but those of a token selector."""
+    stored = found.shapes | found.frozen
+    return {name: shape for name, shape in stored.items() if not name.startswith(_SELECTOR)}
+
+
+def _tokens(found: Checkpoint) -> Mapping[str, Any] | None:
+    """Arguments of the token selector, which a method has stored beside the model's architecture.
+
+    Raises:
+        CheckpointError: there is a selector and no word on it.
+    """
+    if not any(name.startswith(_SELECTOR) for name in found.shapes | found.frozen):
+        return None
+    for own in ((found.architecture or {}).get("methods") or {}).values():
+        if isinstance(own, dict) and {"keep", "select"} <= set(own):
+            return {"keep": float(own["keep"]), "select": str(own["select"])}
+    raise CheckpointError(
+        f"{found.folder}: has a token selector ({_SELECTOR}*), but no method that says how many tokens it keeps"
+    )
+
+
+def _units(spec: ModelSpec, found: Checkpoint) -> dict[str, tuple[int, int]]:
+    """Heads and neurons of the blocks that are stored smaller than timm's; empty where none are.
+
+    Other differences are left to `_fitted`, which has the words for them.
+    """
+    shapes = _shapes(found)
+    try:
+        full = units_of(spec.create("meta", plain=True))
+    except ModelError:
+        return {}
+    smaller: dict[str, tuple[int, int]] = {}
+    for name, size in full.items():
+        qkv, fc1 = (shapes.get(f"{name}.{layer}.weight", [0]) for layer in ("attn.qkv", "mlp.fc1"))
+        heads, rest = divmod(qkv[0], 3 * size.head_dim)
+        if rest or not (1 <= heads <= size.heads and 1 <= fc1[0] <= size.neurons):
+            return {}
+        if (heads, fc1[0]) != (size.heads, size.neurons):
+            smaller[name] = (heads, fc1[0])
+    if smaller and _difference(shapes, shaped(spec.create("meta", plain=True), smaller, None)) is not None:
+        return {}
+    return smaller
 
 
 def _classes(spec: ModelSpec, found: Checkpoint) -> int:
@@ -179,7 +262,7 @@ def _refused(found: Checkpoint, spec: ModelSpec, why: str) -> CheckpointError:
 
 
 def _check(spec: ModelSpec, found: Checkpoint, model: nn.Module) -> None:
-    problem = _difference(_shapes(found), model)
+    problem = _difference(found.shapes | found.frozen, model)
     buffers = dict(model.named_buffers())
     masks = _block_masks(found)
     wrong = [
@@ -195,7 +278,10 @@ def _check(spec: ModelSpec, found: Checkpoint, model: nn.Module) -> None:
 
 def _of_weight(name: str, found: Checkpoint) -> bool:
     """True for the mask of a weight (and the wider one for its gradient), which the exported weight has in it."""
-    return any(name.endswith(tail) and name.removesuffix(tail) in _shapes(found) for tail in ("_mask", "_backward"))
+    return any(
+        name.endswith(tail) and name.removesuffix(tail) in found.shapes | found.frozen
+        for tail in ("_mask", "_backward")
+    )
 
 
 def _block_masks(found: Checkpoint) -> tuple[str, ...]:

@@ -17,14 +17,18 @@ from ..checkpoint.survey import newest
 from ..core.errors import CheckpointError, EffTrainError
 from ..data import bundled
 from ..data.manifest import load_manifest
-from . import onnx
+from ..models.units import units_of
+from ..planning import with_labels
+from . import compact, onnx
 from .card import Card, run_facts
 from .images import for_channels, real_inputs
-from .model import ModelSpec, load, model_spec
+from .model import ModelSpec, full_width, load, model_spec
 
-FORMATS = ("timm", "onnx", "hub")
+FORMATS = ("timm", "onnx", "hub", "compact")
 WEIGHTS, CONFIG, ONNX, CARD = "model.safetensors", "config.json", "model.onnx", "README.md"
 TOLERANCE = 1e-6
+_SUMS = 1e-5
+"""Largest difference, over the largest logit, where zeros are added to sums or constants are moved into a bias."""
 _IMAGES = 8
 _SOURCE_WORDS = ("license", "origin_url", "paper_name", "paper_ids", "description", "notes", "tag")
 """Keys of timm's configuration that speak of other weights."""
@@ -40,7 +44,7 @@ class Exported:
         step: optimizer step.
         model: name for `timm.create_model`.
         arguments: its arguments.
-        parameters: number of parameters.
+        parameters: number of parameters of the model as it was trained (masks counted in full).
         average: the average of the weights was taken.
         files: name and bytes of each file.
         checks: what was compared, in words, with the largest difference.
@@ -75,13 +79,14 @@ def export_checkpoint(
         output: folder for the files; made if it is not there. Files of the same names are replaced, after the new ones
             have passed their checks.
         average: take the average of the weights.
-        formats: of `FORMATS`. "timm": weights and config.json. "hub": these and a model card. "onnx": a file with a
-            batch of any size.
+        formats: of `FORMATS`. "timm": weights and config.json; a model with fewer heads or neurons gets its full width
+            with zeros. "hub": these and a model card. "compact": the small model for `compact.load_compact`. "onnx":
+            the small model as a file with a batch of any size.
         config: configuration with "efftrain.model" and "efftrain.data", for checkpoints that hold none.
 
     Raises:
         CheckpointError: damaged, without the average, or not expressible as a timm model.
-        ModelError: not expressible as ONNX.
+        ModelError: not expressible as ONNX, or as a compact model.
         ConfigError: a package for ONNX is missing.
     """
     if "onnx" in formats:
@@ -115,7 +120,7 @@ def export_checkpoint(
         average=average,
         files={name: (output / name).stat().st_size for name in names},
         checks=checks,
-        notes=tuple(_notes(found, model)),
+        notes=tuple(_notes(spec, found, model)),
     )
 
 
@@ -130,28 +135,69 @@ def _write(
 ) -> dict[str, float]:
     checks: dict[str, float] = {}
     channels = _channels(model)
+    images = real_inputs(spec, _IMAGES, channels)
+    wide = model
     if "timm" in formats or "hub" in formats:
-        _write_timm(model, spec, found, folder)
-        checks["logits of the files loaded with timm"] = _check_timm(model, spec, folder, channels)
+        wide = full_width(spec, found, model)
+        if wide is not model:
+            checks["logits at full width"] = _same(model, wide, images, folder)
+        _write_timm(wide, spec, found, folder)
+        checks["logits of the files loaded with timm"] = _check_timm(wide, spec, folder, images)
+    if "compact" in formats:
+        small = compact.trimmed(load(spec, found, average=average))
+        checks["logits of the compact model"] = _same(model, small, images, folder)
+        _write_compact(small, spec, found, folder)
+        checks["logits of the files loaded with load_compact"] = _alike(
+            small, compact.load_compact(folder), images, folder
+        )
     if "onnx" in formats:
-        exportable = load(spec, found, average=average, exportable=True)
-        checks["logits of ONNX Runtime"] = onnx.write(exportable, real_inputs(spec, _IMAGES, channels), folder / ONNX)
+        exportable = compact.trimmed(load(spec, found, average=average, exportable=True))
+        checks["logits of ONNX Runtime"] = onnx.write(exportable, images, folder / ONNX)
     if "hub" in formats:
         config = json.loads((folder / CONFIG).read_text())
         card = Card(
             name=folder.parent.resolve().name,
             model=spec.name,
             arguments=arguments_of(spec, model),
-            parameters=sum(p.numel() for p in model.parameters()),
+            parameters=sum(p.numel() for p in wide.parameters()),
             input_size=tuple(config["pretrained_cfg"]["input_size"]),
             step=found.step,
             average=average,
             pretrained=spec.pretrained,
             onnx="onnx" in formats,
+            compact="compact" in formats,
+            live=live_words(spec, model),
             run=run_facts(found, average=average),
         )
         (folder / CARD).write_text(card.text(), encoding="utf-8")
     return checks
+
+
+def live_words(spec: ModelSpec, model: nn.Module) -> str:
+    """For example ``"48 of 72 heads, 11,052 of 18,432 neurons"``; "" for a model of full width."""
+    if not spec.units:
+        return ""
+    full, small = units_of(spec.create("meta", plain=True)), units_of(model)
+    words = []
+    for kind in ("heads", "neurons"):
+        live, total = (sum(getattr(units, kind) for units in of.values()) for of in (small, full))
+        words.append(f"{live:,} of {total:,} {kind}")
+    return ", ".join(words)
+
+
+def _write_compact(small: nn.Module, spec: ModelSpec, found: Checkpoint, folder: Path) -> None:
+    """``compact.safetensors`` and ``compact.json``."""
+    data, channels = spec.data, _channels(small)
+    inputs = compact.InputSettings(
+        size=(channels, spec.resolution, spec.resolution),
+        mean=for_channels(data.mean, channels),
+        std=for_channels(data.std, channels),
+        interpolation=data.interpolation,
+        crop=data.eval_crop,
+    )
+    arguments, labels = arguments_of(spec, small), _labels(found, spec)
+    config = compact.config_of(small, spec.name, arguments, spec.num_classes, inputs, labels)
+    compact.write(small, config, folder)
 
 
 def _write_timm(model: nn.Module, spec: ModelSpec, found: Checkpoint, folder: Path) -> None:
@@ -180,7 +226,7 @@ def _write_timm(model: nn.Module, spec: ModelSpec, found: Checkpoint, folder: Pa
     path.write_text(json.dumps(config, indent=2) + "\n")
 
 
-def _check_timm(model: nn.Module, spec: ModelSpec, folder: Path, channels: int) -> float:
+def _check_timm(model: nn.Module, spec: ModelSpec, folder: Path, images: Tensor) -> float:
     """Load the files in both ways that timm has and compare logits on real images.
 
     Raises:
@@ -188,13 +234,34 @@ def _check_timm(model: nn.Module, spec: ModelSpec, folder: Path, channels: int) 
     """
     import timm
 
-    images = real_inputs(spec, _IMAGES, channels)
     first = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
     second = timm.create_model(spec.name, **arguments_of(spec, model)).eval()
     timm.models.load_checkpoint(second, str(folder / WEIGHTS))
-    worst = max(_distance(model, other, images) for other in (first, second))
+    return max(_alike(model, other, images, folder) for other in (first, second))
+
+
+def _alike(model: nn.Module, loaded: nn.Module, images: Tensor, folder: Path) -> float:
+    """Largest difference of a logit between a model and what was read from its files.
+
+    Raises:
+        CheckpointError: it is too large.
+    """
+    worst = _distance(model, loaded, images)
     if not worst <= TOLERANCE:
         raise CheckpointError(f"{folder}: logits of the written files differ by {worst:.2g} from the checkpoint's")
+    return worst
+
+
+@torch.no_grad()
+def _same(model: nn.Module, other: nn.Module, images: Tensor, folder: Path) -> float:
+    """Largest difference of a logit between a model and one of another width that computes the same.
+
+    Raises:
+        CheckpointError: it is more than rounding.
+    """
+    worst = _distance(model, other, images)
+    if not worst <= _SUMS * max(1.0, float(model(images).abs().max())):
+        raise CheckpointError(f"{folder}: the model in its other width differs by {worst:.2g} from the checkpoint's")
     return worst
 
 
@@ -212,9 +279,9 @@ def _labels(found: Checkpoint, spec: ModelSpec) -> Sequence[str] | None:
     """Class names of the training data, where it is at hand."""
     where = spec.data.train
     try:
-        names = bundled.classes(where)
-        if names is None and where and Path(where).exists():
-            manifest = load_manifest(where)
+        names = bundled.classes(where) if spec.data.labels is None else None
+        if names is None and where and Path(bundled.resolve(where)).exists():
+            manifest = with_labels(load_manifest(bundled.resolve(where)), spec.data)
             same = manifest.digest == (found.client.get("data") or {}).get("manifest")
             names = manifest.classes if same else None
     except (EffTrainError, OSError):
@@ -229,8 +296,12 @@ def _move(partial: Path, output: Path) -> list[str]:
     return names
 
 
-def _notes(found: Checkpoint, model: nn.Module) -> list[str]:
+def _notes(spec: ModelSpec, found: Checkpoint, model: nn.Module) -> list[str]:
     notes = []
+    if spec.units:
+        notes.append(f"{live_words(spec, model)} live; timm's model has zeros at the others")
+    if spec.tokens is not None:
+        notes.append(f"selects {spec.tokens['keep']:g} of the tokens ({spec.tokens['select']})")
     for name, state in found.methods.items():
         if isinstance(state, dict) and state.get("search"):
             notes.append(

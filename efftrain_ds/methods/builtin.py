@@ -10,6 +10,9 @@ BUILTIN_MODULES: tuple[str, ...] = (
     "efftrain_ds.methods.autoprog.method",
     "efftrain_ds.methods.autoprog.unfreeze",
     "efftrain_ds.methods.svite.method",
+    "efftrain_ds.methods.svite.s2vite",
+    "efftrain_ds.methods.svite.tokens",
+    "efftrain_ds.methods.svite.attention",
 )
 """Modules that register a method when they are imported; names only, so that none is loaded too early."""
 

@@ -22,7 +22,23 @@ def grown_run(folder: str, stage: int, stop: int | None, changes: dict) -> dict:
         "efftrain/observe/log_every": 100,
         **changes,
     }
-    trainer, _ = go(run_config(folder, stage, **settings), stop)
+    return _logits(run_config(folder, stage, **settings), stop)
+
+
+def sparse_run(folder: str, stage: int, methods: dict) -> dict:
+    """A run of 6 steps that moves live weights, heads or neurons twice and keeps pictures of them; its own logits."""
+    settings = {
+        "efftrain/methods": methods,
+        "efftrain/model/kwargs/num_heads": 4,
+        "efftrain/run/steps": 6,
+        "efftrain/observe/log_every": 100,
+        "efftrain/observe/images_every": "2st",
+    }
+    return _logits(run_config(folder, stage, **settings), None)
+
+
+def _logits(config: dict, stop: int | None) -> dict:
+    trainer, _ = go(config, stop)
     engine = trainer.engine
     images = real_inputs(
         model_spec(Checkpoint(trainer.output / "checkpoints" / f"step-{engine.step_index:08d}")), IMAGES

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
-from ...core.durations import parse_duration
 from ...core.strict import StrictModel
+from ...core.timeline import PlanSpec
 from .block import BlockRule
 from .nm import NMRule
 from .presets import PRESETS, Preset, TopKastRule
 from .rules import ElementRule, Rule
+from .schedule import check_interval, interval_steps
 
 KEY = "efftrain.methods.svite"
 OWN_INTERVAL = ("svite", "svite_reference")
@@ -21,13 +23,6 @@ SHARE = "1%"
 _FORMS = ("svite", "svite_reference", "rigl", "set", "itop", "granet")
 """Presets that are a schedule around a plain exchange, so that blocks and N:M can take it over."""
 _OF_FORM = {"block": ("block",), "nm": ("n", "m", "two_way")}
-
-
-def _check_interval(text: str) -> str:
-    duration = parse_duration(text)
-    if duration.seconds is not None or not duration.value:
-        raise ValueError(f'an interval is in steps, epochs or percent ("500st", "2ep", "1%") above 0, found {text!r}')
-    return text
 
 
 class SViTEConfig(StrictModel):
@@ -50,8 +45,11 @@ class SViTEConfig(StrictModel):
     matrices of every block; null = "all" for entries, "encoder" for blocks and N:M."""
     exclude: list[str] = []
     """Names of modules or weights that stay dense, e.g. ["head"]."""
-    distribution: Literal["erk", "uniform", "er"] = "erk"
+    distribution: Literal["erk", "uniform", "er", "custom"] = "erk"
     """How the density is spread over the layers."""
+    densities: str | None = None
+    """Distribution "custom": JSON file with the density of every layer that takes a mask, e.g.
+    {"blocks.0.attn.qkv": 0.5, "head": 1}; 1 leaves a layer dense."""
     rule: Literal["svite", "svite_reference", "rigl", "set", "itop", "granet", "srigl", "topkast", "mest"] = "svite"
     """Which method's rule and schedule; the keys below that are null are its own."""
     start_density: float | None = Field(None, gt=0, le=1)
@@ -62,7 +60,7 @@ class SViTEConfig(StrictModel):
     """Growth "mixed": the random part."""
     exclude_just_dropped: bool = False
     """Do not grow what the same update dropped (otherwise such an entry keeps its value)."""
-    update_every: Annotated[str, AfterValidator(_check_interval)] | None = None
+    update_every: Annotated[str, AfterValidator(check_interval)] | None = None
     """Interval of the updates, e.g. "20000st", "2ep", "1%"; null = 1 % of the run for SViTE, else the rule's own."""
     end: float | None = Field(None, gt=0, le=1)
     """Share of the run after which the masks stay; null = 0.8 for SViTE."""
@@ -90,6 +88,7 @@ class SViTEConfig(StrictModel):
             )
         if self.form == "nm":
             self._check_nm()
+        self._check_custom()
         if self.start_density is not None and self.rule != "granet":
             raise ValueError(f'"start_density" belongs to rule "granet", found rule "{self.rule}"')
         if self.rule in ("srigl", "topkast"):
@@ -119,9 +118,24 @@ class SViTEConfig(StrictModel):
         if self.growth == "mixed" or self.exclude_just_dropped:
             raise ValueError('"growth" of N:M is "gradient" or "random", and it never grows what it drops')
 
+    def _check_custom(self) -> None:
+        if (self.distribution == "custom") != (self.densities is not None):
+            raise ValueError(
+                'distribution "custom" and "densities" (a JSON file) belong together, found distribution '
+                f'"{self.distribution}" and densities {self.densities!r}'
+            )
+        if self.densities is None:
+            return
+        if self.density is not None:
+            raise ValueError(f'"densities" has that of every layer; leave "density" out, found {self.density:g}')
+        if self.rule == "granet":
+            raise ValueError('rule "granet" changes the density, which "densities" fixes')
+
     @property
     def target(self) -> float:
-        """Density at the end of the run."""
+        """Density at the end of the run; 1 for "custom", where a file has those of the layers."""
+        if self.distribution == "custom":
+            return 1.0
         if self.form == "nm":
             return self.n / self.m
         return 0.5 if self.density is None else self.density
@@ -148,6 +162,26 @@ def preset_of(config: SViTEConfig) -> Preset:
         if getattr(config, key) is not None:
             changes[field] = getattr(config, key)
     return replace(preset, **changes)
+
+
+def interval_of(config: SViTEConfig, preset: Preset, total: int, spec: PlanSpec) -> int:
+    """Steps between two updates.
+
+    Args:
+        config: of the method.
+        preset: of `preset_of`.
+        total: optimizer steps of the run.
+        spec: of the run.
+    """
+    text = config.update_every
+    if text is None and config.rule in OWN_INTERVAL:
+        text = SHARE
+    if text is not None:
+        return interval_steps(text, spec, total)
+    if preset.every is not None:
+        return preset.every
+    per_epoch = spec.samples / spec.batch if spec.samples else float(total)
+    return max(1, math.floor((preset.every_epochs or 1.0) * per_epoch + 0.5))
 
 
 def _rule(config: SViTEConfig, rule: Rule) -> Rule:

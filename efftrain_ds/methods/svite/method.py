@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 
 from ...core.context import Context
-from ...core.durations import parse_duration
 from ...core.errors import DesyncError, ModelError, NoEffectWarning, PlanError
 from ...core.method import Method
 from ...core.ranks import gather
@@ -25,11 +24,13 @@ from ...core.timeline import PlanSpec, Segment, Stage, Timeline
 from ...models import masked
 from ...zero.masks import ShardedMasks
 from ...zero.skip import loss_scale
-from .accounting import live_macs
+from .accounting import live_facts
 from .block import BlockRule
-from .config import KEY, OWN_INTERVAL, SHARE, SViTEConfig, keeps_dead_weights, preset_of
+from .config import KEY, SViTEConfig, interval_of, keeps_dead_weights, preset_of
+from .custom import check_counts, custom_shares, read_densities
 from .densities import clean_name, exact_counts, layer_densities, mask_digest, mask_rng, maskable
 from .packing import counts_of, packed, unpacked
+from .pictures import mask_map
 from .rules import finite, initial_masks
 from .schedule import DensitySchedule, UpdateSchedule, end_step
 
@@ -59,6 +60,7 @@ class SViTE(Method):
         self._run_seed = 0
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._dense: list[str] = []
+        self._custom: dict[str, float] | None = None
         self._union: dict[str, Tensor] = {}
         self._started = self._due = False
         self._gradients: dict[str, Tensor] | None = None
@@ -72,29 +74,20 @@ class SViTE(Method):
         """One stage: masks change no shape, no input and no cost that could be promised.
 
         Raises:
+            ConfigError: the file of the densities cannot be read.
             PlanError: the interval of the updates is longer than the run.
         """
         self._run_seed = spec.seed  # `prepare_model` sees no seed
+        if self.config.densities is not None:
+            self._custom = read_densities(self.config.densities, f"{KEY}.densities")
         total = spec.steps if spec.steps is not None else round(spec.epochs * spec.samples / spec.batch)
-        every = self._interval(total, spec)
+        every = interval_of(self.config, self.preset, total, spec)
         if self.config.update_every is not None and every >= total:
             raise PlanError(
                 f"{KEY}.update_every: {self.config.update_every} is {every} steps, but the run has {total}; "
                 "allowed: less than the run"
             )
         return Timeline((Segment(0.0, 1.0),))
-
-    def _interval(self, total: int, spec: PlanSpec) -> int:
-        """Steps between two updates."""
-        per_epoch = spec.samples / spec.batch if spec.samples else float(total)
-        preset, text = self.preset, self.config.update_every
-        if text is None and self.config.rule in OWN_INTERVAL:
-            text = SHARE
-        if text is None and preset.every is not None:
-            return preset.every
-        if text is None:
-            return max(1, math.floor((preset.every_epochs or 1.0) * per_epoch + 0.5))
-        return max(1, parse_duration(text).steps(per_epoch, total) or 0)
 
     @property
     def _seed(self) -> int:
@@ -175,7 +168,12 @@ class SViTE(Method):
         """Live units of every layer that is not dense by its form."""
         rule, shapes = self.rule, self._shapes
         units = {name: rule.unit_shape(name, shape) for name, shape in shapes.items()}
-        shares = layer_densities(units, density, self.config.distribution, dense=self._dense)
+        if self.config.densities is None:
+            shares = layer_densities(units, density, self.config.distribution, dense=self._dense)
+        else:
+            where = f"{KEY}.densities"
+            self._custom = self._custom or read_densities(self.config.densities, where)
+            shares = custom_shares(self._custom, units, f"{where}: {self.config.densities}", dense=self._dense)
         counts = exact_counts(units, shares)
         return {n: rule.fit_count(n, shapes[n], k) for n, k in counts.items() if n not in self._dense}
 
@@ -199,7 +197,7 @@ class SViTE(Method):
         if ctx.schedule is None:
             raise PlanError(f"{KEY} needs the length of the run: set efftrain.run.steps")
         total, preset = ctx.schedule.total_steps, self.preset
-        every = self._interval(total, ctx.schedule.spec)
+        every = interval_of(self.config, preset, total, ctx.schedule.spec)
         end = end_step(total, preset.end_share)
         self.schedule = UpdateSchedule(total, every, end, preset.alpha, preset.initial)
         self._density = preset.density(self.config.target, total)
@@ -207,9 +205,12 @@ class SViTE(Method):
             # counts move at updates only, so the last one has to reach the target
             self._density = replace(self._density, end=self.schedule.steps[-1])
         self._started = True
-        if self._union:  # resumed
-            return
         layers = self._layers(ctx)
+        if self._union:  # resumed
+            if self.config.densities is not None:
+                live = {name: int(self._units(m.weight_mask).sum()) for name, (_, m) in layers.items()}
+                check_counts(live, self._counts(1.0), f"{KEY}.densities: {self.config.densities}")
+            return
         if not self.schedule.steps:
             warnings.warn(f"{KEY}: no update falls into {total} steps (every {every}, until {end})", NoEffectWarning, 2)
         if keeps_dead_weights(self.rule):
@@ -359,19 +360,9 @@ class SViTE(Method):
         """Live density and, where the model is of a known kind, forward MACs of an image; exploration R_s."""
         if self._measured is None:
             layers = self._layers(ctx)
-            total = sum(math.prod(shape) for shape in self._shapes.values())
-            dead = sum(m.weight_mask.numel() - int(m.weight_mask.sum()) for _, m in layers.values())
-            self._measured = {"density": 1 - dead / max(1, total)}
             masks = {name: m.weight_mask for name, (_, m) in layers.items()}
             side = ctx.schedule.spec.resolution if ctx.schedule is not None else 0
-            try:
-                macs = [live_macs(ctx.engine.module, side, chosen) for chosen in (masks, None)]
-            except (ModelError, AttributeError):  # no plain vision transformer
-                macs = []
-            self._measured |= dict(zip(("macs", "dense_macs"), macs, strict=False))
-            entries = sum(math.prod(self._shapes[name]) for name in self._union)
-            seen = sum(math.prod(self._shapes[n]) // u.numel() * int(u.sum()) for n, u in self._union.items())
-            self._measured["explored"] = seen / max(1, entries)
+            self._measured = live_facts(ctx.engine.module, side, self._shapes, masks, self._union)
         return self._measured
 
     def scalars(self, ctx: Context) -> dict[str, float]:
@@ -386,11 +377,16 @@ class SViTE(Method):
             found["sparse/macs_share"] = facts["macs"] / facts["dense_macs"]
         return found
 
+    def pictures(self, ctx: Context) -> dict[str, Tensor]:
+        """The masks of all layers."""
+        return {"sparse/masks": mask_map({name: m.weight_mask for name, (_, m) in self._layers(ctx).items()})}
+
     def describe(self, stage: Stage) -> str:
-        """For example ``"density 0.5"``, ``"density 0.5 b64"``, ``"2:4"``."""
+        """For example ``"density 0.5"``, ``"density 0.5 b64"``, ``"2:4"``, ``"density custom"``."""
         if self.config.form == "nm":
             return f"{self.config.n}:{self.config.m}"
-        return f"density {self.config.target:g}" + (f" b{self.config.block}" if self.config.form == "block" else "")
+        density = "custom" if self.config.distribution == "custom" else f"{self.config.target:g}"
+        return f"density {density}" + (f" b{self.config.block}" if self.config.form == "block" else "")
 
 
 def _hook(model: nn.Module) -> None:

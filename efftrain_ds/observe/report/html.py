@@ -41,6 +41,7 @@ tr.sum td{font-weight:600;border-top:2px solid var(--grid)}tr.mark td{background
 -webkit-print-color-adjust:exact}
 figure{margin:8px 0}figure svg{width:100%;height:auto;display:block}figcaption{color:var(--soft);font-size:.85rem}
 .pictures{display:grid;grid-template-columns:repeat(auto-fill,minmax(220px,1fr));gap:14px}
+.maps{grid-template-columns:repeat(auto-fill,minmax(440px,1fr))}
 .pictures img{width:100%;height:auto;border-radius:4px;image-rendering:pixelated;background:#fff}
 pre{overflow-x:auto;background:var(--page);border:1px solid var(--grid);border-radius:6px;padding:10px 12px;
 margin:6px 0;font:12.5px/1.45 ui-monospace,SFMono-Regular,Menlo,Consolas,monospace}

@@ -81,6 +81,7 @@ def run_sections(run: RunData, now: float, key: str) -> list[tuple[str, str, str
         ("plan", "Plan against actual", parts.plan_against_actual(run) + _drawing(run, "schedule", key)),
         *drawn,
         ("pictures", "What the network sees", parts.pictures(run)),
+        ("maps", "What lives", parts.maps(run)),
         ("decisions", "Decisions", troubles.decisions_table(run)),
         ("faults", "Restarts and faults", troubles.restarts(run, now)),
         ("evals", "Evaluations", parts.evaluations(run)),

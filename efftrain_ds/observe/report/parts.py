@@ -6,6 +6,7 @@ import json
 import shlex
 from contextlib import suppress
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
 from ...core.text import bytes_text, duration_text, short_settings
@@ -18,7 +19,8 @@ from .run import RunData
 from .troubles import STALE_SECONDS
 from .words import value_text
 
-_PICTURES = 8
+_PICTURES, _MAPS = 8, 4
+_BATCH = "batch-"
 
 
 def status(run: RunData, now: float) -> str:
@@ -231,6 +233,27 @@ def _plan_notes(run: RunData, predicted: bool) -> str:
 
 def pictures(run: RunData) -> str:
     """Pictures of batches, evenly chosen; those of an earlier run in the same folder are left out."""
+    cells = _figures(run, [found for found in _pictures(run) if found[0].stem.startswith(_BATCH)], _PICTURES)
+    text = "A row is one sample: the original, what the network sees, and the spectrum with the kept block outlined."
+    return html.paragraph(text, "soft") + f'<div class="pictures">{cells}</div>' if cells else ""
+
+
+def maps(run: RunData) -> str:
+    """Pictures of the methods' state (masks, live heads and neurons), a row each, evenly chosen."""
+    kinds: dict[str, list[tuple[Path, float | None]]] = {}
+    for path, step in _pictures(run):
+        if not path.stem.startswith(_BATCH):
+            kinds.setdefault(path.stem.rpartition("-step-")[0] or path.stem, []).append((path, step))
+    rows = []
+    for kind, found in kinds.items():
+        cells = _figures(run, found, _MAPS)
+        if cells:
+            rows.append(f"<h3>{html.esc(kind)}</h3>" + f'<div class="pictures maps">{cells}</div>')
+    return "".join(rows)
+
+
+def _pictures(run: RunData) -> list[tuple[Path, float | None]]:
+    """(file, step) of the pictures of this run, by name."""
     starts = [s.began for s in run.sessions if s.kind == "start" and s.began is not None]
     newest = starts[-1] if len(starts) > 1 else 0.0
     found = []
@@ -240,8 +263,13 @@ def pictures(run: RunData) -> str:
             continue
         if path.stat().st_mtime >= newest and (step is None or step <= max(run.steps_done, 0)):
             found.append((path, step))
-    if len(found) > _PICTURES:
-        found = [found[round(i * (len(found) - 1) / (_PICTURES - 1))] for i in range(_PICTURES)]
+    return found
+
+
+def _figures(run: RunData, found: list[tuple[Path, float | None]], limit: int) -> str:
+    """At most `limit` of the pictures, evenly chosen, each with its step and stage."""
+    if len(found) > limit:
+        found = [found[round(i * (len(found) - 1) / (limit - 1))] for i in range(limit)]
     cells = []
     for path, step in found:
         label = next((r.label for r in run.stages if step is not None and r.start <= step < r.start + r.steps), "")
@@ -249,10 +277,7 @@ def pictures(run: RunData) -> str:
         image = html.picture(path, words)
         if image:
             cells.append(f"<figure>{image}<figcaption>{html.esc(words)}</figcaption></figure>")
-    if not cells:
-        return ""
-    text = "A row is one sample: the original, what the network sees, and the spectrum with the kept block outlined."
-    return html.paragraph(text, "soft") + f'<div class="pictures">{"".join(cells)}</div>'
+    return "".join(cells)
 
 
 def evaluations(run: RunData) -> str:

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import hashlib
 import json
 import sys
 from pathlib import Path
@@ -10,7 +9,6 @@ import numpy as np
 import pytest
 import timm
 import torch
-from safetensors.torch import save_file
 
 from efftrain_ds.checkpoint.reader import Checkpoint
 from efftrain_ds.cli import main as cli
@@ -20,6 +18,7 @@ from efftrain_ds.export.images import real_inputs
 from efftrain_ds.export.model import load, model_spec
 from efftrain_ds.export.write import export_checkpoint
 from efftrain_ds.models.masked import mask_layers
+from tests.stored import save_model
 
 VIT = {"patch_size": 4, "embed_dim": 24, "depth": 4, "num_heads": 2}
 DATA = {"train": "bundled:fashion_mnist/train", "resolution": 28, "mean": [0.3] * 3, "std": [0.35] * 3}
@@ -27,36 +26,6 @@ DATA = {"train": "bundled:fashion_mnist/train", "resolution": 28, "mean": [0.3] 
 
 def config_of(**model: Any) -> dict[str, Any]:
     return {"efftrain": {"model": {"name": "vit_tiny_patch16_224", "kwargs": VIT, **model}, "data": DATA}}
-
-
-def save_model(folder: Path, model: torch.nn.Module, config: dict | None, *, methods: Any = None, **more: Any) -> Path:
-    """A checkpoint of one rank in the form on disk, without an average; frozen parameters stand apart."""
-    folder.mkdir(parents=True)
-    trained = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
-    frozen = {f"frozen.{n}": p.detach() for n, p in model.named_parameters() if not p.requires_grad}
-    fragments, at = [], 0
-    for name, value in trained.items():
-        fragments.append([name, 0, value.numel(), 0, at])
-        at += value.numel()
-    flat = torch.cat([value.reshape(-1) for value in trained.values()])
-    local = {f"local.buffer.{n}": b.clone() for n, b in model.named_buffers()}
-    save_file({"fp32.0": flat, **local}, str(folder / "rank-00000.safetensors"))
-    index = {"keys": ["fp32"], "fragments": fragments, "scalars": [{}]}
-    (folder / "rank-00000.json").write_text(json.dumps(index))
-    client = {"config": json.dumps(config)} if config is not None else {}
-    document = {
-        "format": 1, "step": 3, "world": 1, "zero_stage": 1, "groups": [], "ema": None, **more,
-        "shapes": {n: list(p.shape) for n, p in trained.items()},
-        "extra": {"efftrain": {"methods": methods or {}}, "client": client},
-    }  # fmt: skip
-    (folder / "state.json").write_text(json.dumps(document))
-    save_file(frozen, str(folder / "state.safetensors"))
-    files = {
-        p.name: {"bytes": p.stat().st_size, "sha256": hashlib.sha256(p.read_bytes()).hexdigest()}
-        for p in folder.iterdir()
-    }
-    (folder / "manifest.json").write_text(json.dumps({"files": files}))
-    return folder
 
 
 def vit(**kwargs: Any) -> torch.nn.Module:
