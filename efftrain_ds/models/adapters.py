@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from ..core.errors import ModelError
-from .volo import accept_sizes
+from . import swin, volo
 
 # Modules of timm.models by what their constructors take (checked with timm 1.0.31 by building one model of each).
 _DYNAMIC = frozenset({"deit", "eva", "vision_transformer", "vision_transformer_hybrid", "vitamin"})
@@ -31,7 +31,11 @@ _FIXED = frozenset(
     }
 )
 _SWIN = frozenset({"swin_transformer", "swin_transformer_v2", "swin_transformer_v2_cr"})
+# Modules whose constructors drop paths where they are not told otherwise.
+_DROPS = _SWIN | {"fasternet", "focalnet", "nest", "nextvit", "tiny_vit"}
 _TORCHVISION_FIXED = frozenset({"vision_transformer", "maxvit"})
+_ADAPTED = {"volo": volo.accept_sizes, "swin_transformer": swin.accept_sizes}
+"""What makes the models of a module of timm.models take several sizes where no argument of theirs does."""
 
 
 def create_model(
@@ -51,9 +55,10 @@ def create_model(
         resolution: side of the images in pixels at full cost; becomes ``img_size`` where the model has one.
         num_classes: outputs of the classifier.
         drop_path: stochastic depth rate of the last block.
-        dynamic: make a plain ViT (DeiT, EVA, ...) accept any multiple of its patch, and VOLO any multiple of 16: the
-            position embedding keeps the size of `resolution` and is resampled in each forward, so no parameter
-            changes with the input size.
+        dynamic: make a plain ViT (DeiT, EVA, ...) accept any multiple of its patch, VOLO any multiple of 16, and Swin
+            any multiple of 32: position embeddings and bias tables keep the size of `resolution` and are resampled in
+            each forward, so no parameter changes with the input size. Swin's windows scale with the image; with
+            ``strict_img_size=False`` they keep their size and smaller maps are padded, which timm does by itself.
         pretrained: load timm's weights.
         **kwargs: further arguments of `timm.create_model`; they win over the ones derived here.
 
@@ -62,14 +67,23 @@ def create_model(
     """
     family = _family(name)
     derived: dict[str, Any] = {"num_classes": num_classes}
-    if drop_path:
+    if drop_path or family in _DROPS:
         derived["drop_path_rate"] = drop_path
     if family in _IMG_SIZE:
         derived["img_size"] = resolution
     if dynamic and family in _DYNAMIC:
         derived["dynamic_img_size"] = True
     model = _build(name, {**derived, **kwargs, "pretrained": pretrained})
-    return accept_sizes(model) if dynamic and family == "volo" else model
+    return accept_sizes(model) if dynamic and family in _ADAPTED else model
+
+
+def accept_sizes(model: nn.Module) -> nn.Module:
+    """Adapt a built VOLO or Swin to several image sizes, in place; any other model is returned as it is.
+
+    `create_model` does this with ``dynamic=True``. Call it on a model of your own before `efftrain_ds.initialize`.
+    """
+    adapt = _ADAPTED.get(_origin(model)[1])
+    return model if adapt is None or getattr(model, "dynamic_img_size", False) is True else adapt(model)
 
 
 def model_stride(model_or_name: nn.Module | str, kwargs: Mapping[str, Any] | None = None) -> int:
@@ -108,8 +122,8 @@ def model_stride(model_or_name: nn.Module | str, kwargs: Mapping[str, Any] | Non
 def accepts_sizes(model: nn.Module) -> tuple[bool, str]:
     """Whether the model takes images of several sizes without a change of its parameters, and why (not).
 
-    A ViT does when it was built with ``dynamic_img_size=True``, VOLO after `volo.accept_sizes`, convolutional and
-    pooling models do always. A module of unknown origin is trusted.
+    A ViT does when it was built with ``dynamic_img_size=True``, VOLO and Swin after `accept_sizes`, convolutional and
+    pooling models and our CSWin do always. A module of unknown origin is trusted.
     """
     for module in model.modules():
         if not hasattr(module, "forward_features") and _origin(module)[0] != "torchvision":
@@ -140,8 +154,7 @@ def _build(name: str, arguments: dict[str, Any]) -> nn.Module:
     Raises:
         ModelError: unknown name, or arguments that the model does not take.
     """
-    import timm
-
+    timm = _timm()
     if ":" not in name and not timm.is_model(name):
         close = difflib.get_close_matches(name, timm.list_models(), n=3)
         hint = f" Did you mean {' or '.join(close)}?" if close else ""
@@ -152,10 +165,19 @@ def _build(name: str, arguments: dict[str, Any]) -> nn.Module:
         raise ModelError(f"efftrain.model: timm cannot build {name} with {arguments}: {error}") from error
 
 
-def _family(name: str) -> str:
-    """Module of timm.models that builds `name` ("" for names that are not in timm's registry)."""
+def _timm() -> Any:
+    """timm, with the models of this package in its registry."""
     import timm
 
+    from . import cswin  # noqa: F401  (registers them)
+    from .elastic import supernets  # noqa: F401
+
+    return timm
+
+
+def _family(name: str) -> str:
+    """Module of timm.models, or of ours, that builds `name` ("" for names that are not in timm's registry)."""
+    timm = _timm()
     if ":" in name or not timm.is_model(name):
         return ""
     return timm.model_entrypoint(name.split(".")[0]).__module__.rsplit(".", 1)[-1]
@@ -178,14 +200,23 @@ def _refusal(module: nn.Module) -> str:
     if package == "torchvision":
         return f"torchvision's {name} takes one image size; use a timm model" if family in _TORCHVISION_FIXED else ""
     if family in _SWIN and (strict or dynamic is False):
+        adapter = (
+            "create it with create_model(..., dynamic=True), or call efftrain_ds.models.adapters.accept_sizes(model): "
+            "the windows then scale with the image; "
+            if family in _ADAPTED
+            else "its position biases are computed for one size of window and there is no adapter for it; "
+        )
         return (
-            f"{name} was built for one image size and its windows with it; efftrain.model.kwargs "
+            f"{name} was built for one image size and its windows with it; {adapter}efftrain.model.kwargs "
             '{"strict_img_size": false} keeps the windows and pads smaller maps (costs extra attention)'
         )
     if dynamic is False:
         return f"{name} was built for one image size; build it with dynamic_img_size=True (efftrain.model.kwargs)"
     if family == "volo" and not dynamic:
-        return f"{name} was built for one image size; create it with create_model(..., dynamic=True)"
+        return (
+            f"{name} was built for one image size; create it with create_model(..., dynamic=True), or call "
+            "efftrain_ds.models.adapters.accept_sizes(model)"
+        )
     if (family in _FIXED or strict) and not dynamic:
         return f"{name} takes only the image size it was built for, and there is no adapter for it yet"
     return ""

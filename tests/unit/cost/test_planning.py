@@ -105,7 +105,7 @@ def test_conv_net_and_a_model_of_one_size() -> None:
     plan = make_plan(load(model={"name": "resnet18"}, data=data, methods=methods), world=1)
     assert plan.stages[0].macs / plan.full_macs == pytest.approx(0.25, rel=0.01)
     with pytest.raises(ModelError, match=r"efftrain\.model\.name: .*one size|efftrain\.model\.name: .*one image size"):
-        make_plan(load(model={"name": "swin_tiny_patch4_window7_224"}, data=data, methods=methods), world=1)
+        make_plan(load(model={"name": "swinv2_tiny_window8_256"}, data=data, methods=methods), world=1)
 
 
 def write_manifest(folder: Path, samples: int) -> None:
