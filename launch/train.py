@@ -21,6 +21,8 @@ from efftrain_ds.core.errors import ConfigError, EffTrainError, ModelError, Plan
 
 WAIT_FOR_THE_FIRST = 60.0
 """Seconds that rank 0 has to say what is wrong before the others do."""
+LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited")
+"""What the network layers (gloo, NCCL) say where a process at the other end is gone."""
 
 
 def main() -> int:
@@ -68,8 +70,13 @@ def main() -> int:
             time.sleep(WAIT_FOR_THE_FIRST)
         print(f"[rank {rank}] {error}" if rank else str(error), file=sys.stderr, flush=True)
         return error.exit_code
-    except Exception:
+    except Exception as error:
         text = traceback.format_exc()
+        if isinstance(error, RuntimeError) and any(words in str(error) for words in LOST):
+            text += (
+                f"another rank has ended, and so this one does: the connection to it is lost at rank {rank}. Why it "
+                "ended is in the output of its node.\n"
+            )
         print(f"[rank {rank}]", text, file=sys.stderr, flush=True)
         if config is not None:
             _keep(Path(config.efftrain.run.output) / f"crash.rank{rank}.txt", text)

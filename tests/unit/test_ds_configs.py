@@ -12,7 +12,7 @@ from efftrain_ds.planning import make_plan
 
 ROOT = Path(__file__).resolve().parents[2]
 FILES = sorted((ROOT / "ds_configs").glob("*.json"))
-HEAVY = ("swin", "cswin", "caformer", "pvt", "volo")
+HEAVY = ("swin", "cswin", "caformer", "pvt", "volo", "ft_convnext", "ft384_convnext", "convnext_base")
 """Models whose MACs are counted layer by layer, which takes seconds."""
 RELATIVE = {
     "efficienttrain": (0.6, 1.01),

@@ -126,8 +126,17 @@ def test_order_is_the_same_in_a_process_with_another_hash_seed():
 
 
 def test_default_streams_are_at_least_30_a_rank_and_divide_well():
-    assert [default_streams(world) for world in (1, 2, 7, 8, 64)] == [36, 60, 240, 240, 2520]
-    assert default_streams(100_000) == 3_000_000
+    assert [default_streams(world) for world in (1, 2, 7, 8, 64)] == [36, 60, 420, 240, 2880]
+    for world in (*range(1, 130), 256, 1000, 100_000):
+        assert default_streams(world) % world == 0  # else a rank would not keep to its own streams
+        assert default_streams(world) >= 30 * world
+
+
+def test_with_the_default_streams_a_node_reads_its_share_of_the_shards():
+    world = 32
+    order = SampleOrder([200] * 1440, seed=0, streams=default_streams(world), shuffle_block=64)
+    shards = (order.ids(0, 288_000) // 200).reshape(-1, 4, 8)  # steps, nodes, ranks of a node
+    assert [len(np.unique(shards[:, node])) for node in range(4)] == [360] * 4
 
 
 def test_uniforms_are_pure_and_uniform():
