@@ -31,6 +31,10 @@ ARMS: dict[str, tuple[str, list[str]]] = {
     "dense": ("no method", _methods()),
     "unstructured": ("masked entries, density 0.5", _methods(MASKED)),
     "structured": ("heads and neurons, density 0.6", _methods(STRUCTURED)),
+    "structured_moving": (
+        "heads and neurons, density 0.6, no unit grown back at once",
+        _methods({"s2vite": {**STRUCTURED["s2vite"], "exclude_just_dropped": True}}),
+    ),
     "tokens": ("token selection, keep 0.7", _methods(TOKENS)),
     "structured_tokens": ("heads and neurons 0.6, keep 0.7", _methods(STRUCTURED, TOKENS)),
 }

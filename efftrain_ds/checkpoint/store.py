@@ -263,7 +263,10 @@ def load(
         state_tensors = read_tensors(path / "state.safetensors")
         reader = ShardReader(path, document["world"])
         reader.check(layout.shapes)
+        own = rank if world == document["world"] else 0
+        local = reader.local(own)
         _check_model(engine, document, state_tensors, layout, optimizer_state, path)
+        _check_buffers(engine, local, path)
         if check is not None:
             check(from_plain(document["extra"], state_tensors))
     except Exception as problem:
@@ -272,8 +275,6 @@ def load(
     read_into(reader, layout, ema.shadow if ema is not None else None, optimizer_state)
     layout.push()
     _load_frozen(engine, state_tensors)
-    own = rank if world == document["world"] else 0
-    local = reader.local(own)
     with torch.no_grad():
         for name, buffer in engine.module.named_buffers():
             if f"buffer.{name}" in local:
@@ -308,6 +309,19 @@ def _check_model(
     if optimizer_state and len(saved) != len(layout.base.param_groups):
         raise CheckpointError(
             f"{path}: {len(saved)} parameter groups, the optimizer has {len(layout.base.param_groups)}"
+        )
+
+
+def _check_buffers(engine: Any, local: dict[str, Tensor], path: Path) -> None:
+    """Shapes of buffers: `copy_` would take one that broadcasts, and refuse others after the weights are written."""
+    wrong = [
+        f"{name} is {list(saved.shape)}, the model's is {list(buffer.shape)}"
+        for name, buffer in engine.module.named_buffers()
+        if (saved := local.get(f"buffer.{name}")) is not None and saved.shape != buffer.shape
+    ]
+    if wrong:
+        raise CheckpointError(
+            f"{path}: the checkpoint's buffers (masks and the like) are of another form\n  " + "\n  ".join(wrong[:5])
         )
 
 

@@ -18,9 +18,9 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping
 from functools import cache
+from typing import Any
 
 import torch
-from timm.models.vision_transformer import Attention
 from torch import Tensor, nn
 
 from ..core.errors import ModelError, NoEffectWarning
@@ -166,7 +166,8 @@ class _BlockCore(nn.Module):
         """Self-attention of tokens [B, N, C].
 
         Raises:
-            ModelError: attention dropout in training, or a mask that is not the module's own.
+            ModelError: attention dropout in training, a mask that is not the module's own, or a number of tokens that
+                the module's mask is not for.
         """
         if attn_mask is not None or is_causal:
             raise ModelError("block attention takes no attn_mask and is not causal; give a BlockMask to the module")
@@ -178,6 +179,11 @@ class _BlockCore(nn.Module):
         mask = self.block_mask
         if mask is not None and self.length_masks is not None and mask.q_len != tokens:
             mask = self.length_masks.at(tokens, x.device)
+        elif mask is not None and mask.q_len != tokens:
+            raise ModelError(
+                f"block attention: the mask is made for {mask.q_len} tokens, the input has {tokens}; learned masks are "
+                "for one number of tokens, those of the other patterns of efftrain.methods.svite_attention for any"
+            )
         qkv = self.qkv(x).reshape(batch, tokens, 3, self.num_heads, self.head_dim)
         q, k, v = qkv.unbind(2)
         if isinstance(self.q_norm, nn.Identity) and isinstance(self.k_norm, nn.Identity):
@@ -193,21 +199,31 @@ class _BlockCore(nn.Module):
         return self.proj_drop(self.proj(out))
 
 
-class BlockAttention(_BlockCore, Attention):
-    """timm's ``Attention`` on our kernels; made by `use_block_attention`, not by its constructor."""
+def __getattr__(name: str) -> Any:
+    """``BlockAttention``: timm's ``Attention`` on our kernels; made by `use_block_attention`, not its constructor."""
+    if name == "BlockAttention":
+        return _adapted(_plain())
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+@cache
+def _plain() -> type[nn.Module]:
+    """timm's ``Attention``, imported here: methods are looked up by commands that need no model; timm takes seconds."""
+    from timm.models.vision_transformer import Attention
+
+    return Attention
 
 
 def _fits(module: nn.Module) -> bool:
-    return isinstance(module, _BlockCore) or (
-        isinstance(module, Attention) and type(module).forward is Attention.forward
-    )
+    plain = _plain()
+    return isinstance(module, _BlockCore) or (isinstance(module, plain) and type(module).forward is plain.forward)
 
 
 @cache
 def _adapted(kind: type[nn.Module]) -> type[nn.Module]:
     """The class with our forward for timm's class or one derived from it (that one cannot be pickled)."""
-    if kind is Attention:
-        return BlockAttention
+    if kind is _plain():  # found by its name here, so that models can be pickled
+        return type("BlockAttention", (_BlockCore, kind), {"__module__": __name__})
     return type(f"Block{kind.__name__}", (_BlockCore, kind), {"__module__": kind.__module__})
 
 

@@ -8,6 +8,7 @@ Shape legend: B images, n tokens (P of them prefix tokens: class, distillation, 
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from fractions import Fraction
 from typing import Any
@@ -48,6 +49,7 @@ class TokenSelector(nn.Module):
             no effect; it is there because the published model has it.)
         tau: temperature, a scalar tensor: setting it in place compiles nothing again. It never changes which tokens
             are kept.
+        noise: factor of the Gumbel noise, set in the same way. At 0 training makes the choice that evaluation makes.
         entropy: of the softmax of the scores without noise and temperature over an image's candidates, mean of the
             last batch in training, in nats: log of the number of candidates means that the scorer has no preference.
         select: "gather" or "mask".
@@ -55,6 +57,7 @@ class TokenSelector(nn.Module):
     """
 
     tau: Tensor
+    noise: Tensor
     entropy: Tensor
 
     def __init__(
@@ -77,6 +80,7 @@ class TokenSelector(nn.Module):
         self.scorer.efftrain_dense = True  # type: ignore[assignment]
         place = None if device is not None and torch.device(device).type == "meta" else device  # buffers stay real
         self.register_buffer("tau", torch.tensor(float(tau), device=place), persistent=False)
+        self.register_buffer("noise", torch.ones((), device=place), persistent=False)
         self.register_buffer("entropy", torch.zeros((), device=place), persistent=False)
         self.select, self.prefix = select, prefix
         self.keep = keep
@@ -85,7 +89,10 @@ class TokenSelector(nn.Module):
 
     @property
     def keep(self) -> float:
-        """Share of all tokens that is kept, prefix tokens included, in (0, 1]. Setting it compiles code again."""
+        """Share of all tokens that is kept, prefix tokens included, in (0, 1].
+
+        Setting another one drops the compiled code of the process, so set it between two steps.
+        """
         return self._numerator / self._denominator
 
     @keep.setter
@@ -93,7 +100,11 @@ class TokenSelector(nn.Module):
         if not 0 < value <= 1:
             raise ModelError(f"kept share of the tokens is {value}, allowed: above 0, at most 1")
         share = Fraction(str(value))
+        before = self.__dict__.get("_numerator"), self.__dict__.get("_denominator")
         self._numerator, self._denominator = share.numerator, share.denominator
+        if before not in ((None, None), share.as_integer_ratio()) and "torch._dynamo" in sys.modules:
+            # each share is compiled for training and for evaluation; after 8 versions dynamo would compile no more
+            torch.compiler.reset()
 
     def kept(self, tokens: int) -> int:
         """k for an image of `tokens` tokens, prefix tokens included."""
@@ -150,7 +161,7 @@ class TokenSelector(nn.Module):
         """The `count` best of [B, c]: indices [B, count], best first; in training the softmax [B, c] too."""
         if not self.training:
             return _best(scores, count), None
-        noisy = scores + _gumbel(scores)
+        noisy = scores + self.noise * _gumbel(scores)
         with torch.no_grad():
             log = scores.log_softmax(dim=1)
             self.entropy.copy_(-(log.exp() * log).sum(dim=1).mean())

@@ -220,4 +220,5 @@ def _write_working(parameter: nn.Parameter, chosen: Tensor, values: Tensor | flo
         _write(data, chosen, values)
     if hasattr(parameter, "ds_id"):
         start, part = access.partition(parameter)
-        _write(part, _cut(chosen, start, part.numel()), _cut(values, start, part.numel()))
+        if part.numel():  # a rank that holds nothing but padding may begin behind the end
+            _write(part, _cut(chosen, start, part.numel()), _cut(values, start, part.numel()))

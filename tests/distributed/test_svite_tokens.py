@@ -14,7 +14,7 @@ def slow(*values):
     return pytest.param(*values, marks=pytest.mark.slow)
 
 
-def check(results, dtype="fp32", gas=1, gather=True):
+def check(results, gas=1, gather=True):
     for result in results:
         want = [17, 17, 13, 13, 9, 9, 9, 9]
         assert result["seen"] == [k if gather else 17 for k in want for _ in range(gas)]
@@ -46,7 +46,7 @@ def check(results, dtype="fp32", gas=1, gather=True):
     ],
 )
 def test_zero_stages(ranks, stage, dtype, gas):
-    check(ranks(jobs.run_job, stage, dtype, {"svite_tokens": RAMP}, 8, gas), dtype, gas)
+    check(ranks(jobs.run_job, stage, dtype, {"svite_tokens": RAMP}, 8, gas), gas)
 
 
 @pytest.mark.slow

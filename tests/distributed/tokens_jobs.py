@@ -61,7 +61,6 @@ def run_job(stage: int, dtype: str, methods: dict, steps: int = 8, gas: int = 1,
         "scalars": method.scalars(engine.context),
         "masked": list(masked.masks_of(engine.module)),
         "kind": str(selector_of(engine.module).tau.dtype),
-        "ema": len(engine.ema.shadow) > 0,
         "first": float(before[f"fp32/{NAMES[0]}"].sum()),
     }
     engine.destroy()

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -96,34 +97,63 @@ def live_counts(
     return LiveCounts(entries[_PATCH], tuple(blocks), tuple(attention), head)
 
 
+def grid_of(model: nn.Module, side: int | None = None) -> tuple[int, int]:
+    """Rows and columns of patches.
+
+    Args:
+        model: a timm vision transformer.
+        side: of the images in pixels, for models that take several sizes; others, and all where it is None or 0, have
+            the grid that they were built for.
+
+    Raises:
+        ModelError: the model does not say.
+    """
+    embed: Any = getattr(model, "patch_embed", None)
+    grid = getattr(embed, "grid_size", None)
+    if side and getattr(model, "dynamic_img_size", False):
+        grid = embed.dynamic_feat_size((side, side))
+    if grid is None:
+        raise ModelError(f"{type(model).__name__} does not say how many patches it has (patch_embed.grid_size)")
+    return int(grid[0]), int(grid[1])
+
+
+def _patches(model: nn.Module, size: int | tuple[int, int]) -> int:
+    if isinstance(size, tuple):
+        return size[0] * size[1]
+    side = model.get_submodule("patch_embed.proj").kernel_size[0]  # type: ignore[index,union-attr]
+    return (-(-size // side)) ** 2
+
+
 def live_macs(
     model: nn.Module,
-    resolution: int,
+    size: int | tuple[int, int],
     masks: Mapping[str, Tensor] | None = None,
     *,
     kept: int | Sequence[int] | None = None,
     heads: Sequence[int] | None = None,
 ) -> int:
-    """Forward MACs of one image of side `resolution`; see `live_counts` and `LiveCounts.macs`.
+    """Forward MACs of one image; see `live_counts` and `LiveCounts.macs`. Without masks `cost.macs.module_macs`.
 
-    Without masks it is `cost.macs.module_macs`.
+    Args:
+        model: as for `live_counts`.
+        size: side of the image in pixels, or the grid of its patches (`grid_of`).
+        masks: as for `live_counts`.
+        kept: as for `LiveCounts.macs`.
+        heads: as for `live_counts`.
     """
     counts = live_counts(model, masks, heads=heads)
-    side = model.get_submodule("patch_embed.proj").kernel_size[0]  # type: ignore[index,union-attr]
-    patches = (-(-resolution // side)) ** 2
-    return counts.macs(patches, getattr(model, "num_prefix_tokens", 1), kept)
+    return counts.macs(_patches(model, size), getattr(model, "num_prefix_tokens", 1), kept)
 
 
-def selected_tokens(model: nn.Module, resolution: int) -> int | None:
-    """Tokens S_k of an image of side `resolution` in the blocks of a model that drops some; None where all go on.
+def selected_tokens(model: nn.Module, size: int | tuple[int, int]) -> int | None:
+    """Tokens S_k of an image in the blocks of a model that drops some; None where all go on.
 
-    Tokens that are only set to zero go on.
+    Tokens that are only set to zero go on. `size` as for `live_macs`.
     """
     selector = selector_of(model)
     if selector is None or selector.select != "gather":
         return None
-    side = model.get_submodule("patch_embed.proj").kernel_size[0]  # type: ignore[index,union-attr]
-    return selector.kept((-(-resolution // side)) ** 2 + selector.prefix)
+    return selector.kept(_patches(model, size) + selector.prefix)
 
 
 def live_density(masks: Mapping[str, Tensor]) -> float:
@@ -142,7 +172,7 @@ def live_facts(
 
     Args:
         model: the model.
-        resolution: side of the images in pixels.
+        resolution: side of the images in pixels; used where the model takes several sizes, see `grid_of`.
         shapes: of all weights that the density is counted over, by clean name.
         masks: bool in the weights' shapes, of those that are masked.
         union: running OR of the masks, in entries or in units of several.
@@ -154,8 +184,8 @@ def live_facts(
     dead = sum(mask.numel() - int(mask.sum()) for mask in masks.values())
     found: dict[str, float] = {"density": 1 - dead / max(1, total)}
     try:
-        kept = selected_tokens(model, resolution)
-        macs = [live_macs(model, resolution, masks, kept=kept), live_macs(model, resolution)]
+        grid = grid_of(model, resolution)
+        macs = [live_macs(model, grid, masks, kept=selected_tokens(model, grid)), live_macs(model, grid)]
     except (ModelError, AttributeError):  # no plain vision transformer
         macs = []
     found |= dict(zip(("macs", "dense_macs"), macs, strict=False))

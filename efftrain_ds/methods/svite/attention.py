@@ -22,13 +22,22 @@ from ...core.registry import register_method
 from ...core.timeline import PlanSpec, Segment, Stage, Timeline
 from ...cost.plan import bandwidth_of
 from ...kernels.attention import BlockMask
-from ...kernels.attention.mask import num_blocks
-from ...models.attention import masked_attention, serve_lengths, update_routes, use_block_attention
+from ...models.attention import masked_attention, update_routes
 from ...models.attention_scores import BlockScores, capture_scores, collect_scores
 from ...zero.skip import loss_scale
 from .attention_config import KEY, AttentionConfig
-from .attention_masks import SHORT, FixedMask, Layer, exchange, first_keep, fixed_keep, live_count, protected
-from .attention_sizes import WHY_SHORT, attention_macs, other_length, patch_grid, plan_tokens, stage_tokens
+from .attention_masks import SHORT
+from .attention_model import Masked, check_length, check_resumed, mask_attention, update_layer
+from .attention_sizes import (
+    attention_macs,
+    check_evaluation,
+    check_masks,
+    live_share,
+    masked_share,
+    other_length,
+    plan_tokens,
+    stage_tokens,
+)
 from .densities import clean_name, exploration, mask_digest, mask_rng
 from .packing import packed, unpacked
 from .pictures import mask_map
@@ -54,8 +63,7 @@ class SViTEAttention(Method):
         self.updates = 0
         self._run_seed = 0
         self._side: int | None = None
-        self._prefix = 0
-        self._shape: dict[str, Any] = {}
+        self._masked = Masked(0, 0, (0, 0), [])
         self._union: dict[str, Tensor] = {}
         self._started = self._due = False
         self._scores: dict[str, BlockScores] | None = None
@@ -75,11 +83,13 @@ class SViTEAttention(Method):
         """One stage: masks change no shape and no input.
 
         Raises:
-            PlanError: the sequences are too short, or the interval of the updates is longer than the run.
+            PlanError: the sequences are too short, evaluations have others for which there can be no masks, or the
+                interval of the updates is longer than the run.
         """
         self._run_seed, self._side = spec.seed, spec.resolution  # `prepare_model` sees neither
         if spec.width:
-            self._check_length(plan_tokens(spec, spec.resolution), PlanError)
+            check_length(self.config, plan_tokens(spec, spec.resolution), PlanError)
+        check_evaluation(self.config, spec)
         total = spec.steps if spec.steps is not None else round(spec.epochs * spec.samples / spec.batch)
         every = interval_steps(self.config.update_every, spec, total)
         if self.learned and "update_every" in self.config.model_fields_set and every >= total:
@@ -89,18 +99,15 @@ class SViTEAttention(Method):
             )
         return Timeline((Segment(0.0, 1.0),))
 
-    def _check_length(self, tokens: int, kind: type[Exception]) -> None:
-        if tokens <= SHORT and not self.config.allow_short:
-            raise kind(f"{KEY}: the sequences have {tokens} tokens; {WHY_SHORT}")
-
     def cost_factor(self, spec: PlanSpec, stage: Stage) -> float:
-        """Share of the MACs that is left: ``1 - (1 - density) N / (6 d + N)`` with the live share of the blocks.
+        """Share of the MACs that is left: ``1 - s (1 - density) N / (6 d + N)`` with the live share of the blocks.
 
-        Counts the blocks of a ViT whose MLPs are four times as wide, what lies before and after them as nothing; 1
-        where the width d is not known. Whether time follows is for the dispatch table to say.
+        Counts the blocks of a ViT whose MLPs are four times as wide, what lies before and after them as nothing; s is
+        the share of these blocks that is not excluded. 1 where the width d is not known, or blocks are excluded and
+        their number is not known. Whether time follows is for the dispatch table to say.
 
         Raises:
-            PlanError: learned masks and a stage with another number of tokens.
+            PlanError: learned masks and a stage with another number of tokens, or a pattern that cannot be for so many.
         """
         tokens, full = (
             plan_tokens(spec, side) for side in (bandwidth_of(stage.settings, spec.resolution), spec.resolution)
@@ -109,11 +116,9 @@ class SViTEAttention(Method):
             raise PlanError(other_length(stage, tokens, full))
         if not spec.width or (tokens <= SHORT and not self.config.allow_short):
             return 1.0
-        if self.config.pattern in ("learned", "random"):
-            density = live_count(self.config, tokens) / num_blocks(tokens, self.config.block) ** 2
-        else:
-            density = float(fixed_keep(self.config, Layer("plan", 1, spec.prefix, 0), tokens).float().mean())
-        return 1 - (1 - density) * tokens / (6 * spec.width + tokens)
+        check_masks(self.config, tokens, spec.prefix, _where(stage))
+        dead = masked_share(self.config, spec.depth) * (1 - live_share(self.config, tokens, spec.prefix))
+        return 1 - dead * tokens / (6 * spec.width + tokens)
 
     def prepare_model(self, model: nn.Module) -> nn.Module:
         """Give the attention layers their masks, in place; no parameter is touched.
@@ -131,47 +136,12 @@ class SViTEAttention(Method):
             ModelError: the checkpoint's masks have other blocks or another number of tokens.
         """
         self._mask(model)
-        if architecture != self._shape:
-            raise ModelError(f"{KEY}: the checkpoint has masks with {architecture}, they would now be {self._shape}")
+        if architecture != (own := self.architecture()):
+            raise ModelError(f"{KEY}: the checkpoint has masks with {architecture}, they would now be {own}")
         return model
 
     def _mask(self, model: nn.Module) -> None:
-        config = self.config
-        grid, prefix = patch_grid(model, self._side)
-        tokens, self._prefix = grid[0] * grid[1] + prefix, prefix
-        self._check_length(tokens, ModelError)
-        names = {clean_name(name) for name, _ in model.named_modules()}
-        for name in config.exclude:
-            if name not in names:
-                raise ModelError(f'{KEY}.exclude: {type(model).__name__} has no module "{name}"')
-        makers: dict[str, FixedMask] = {}
-
-        def make(name: str, module: nn.Module) -> BlockMask | None:
-            clean = clean_name(name)
-            if any(clean == root or clean.startswith(root + ".") for root in config.exclude):
-                return None
-            layer = Layer(clean, module.num_heads, prefix, self._seed)
-            if self.learned:
-                return BlockMask(first_keep(config, layer, tokens), tokens, tokens, config.block)
-            makers[name] = FixedMask(config, layer)
-            return BlockMask(fixed_keep(config, layer, tokens, grid), tokens, tokens, config.block)
-
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", NoEffectWarning)
-                use_block_attention(model, make)
-            serve_lengths(model, makers)
-        except ModelError as error:
-            raise ModelError(f"{KEY}: {error}") from error
-        layers = masked_attention(model)
-        if not layers:
-            raise ModelError(
-                f"{KEY}: {type(model).__name__} has no attention layer that can take a mask; needed is timm's "
-                "Attention (vit_*, deit_*)" + (f" outside of exclude {config.exclude}" if config.exclude else "")
-            )
-        if all(bool(module.block_mask.keep.all()) for module in layers.values()):
-            warnings.warn(f"{KEY}: every block of the attention lives, so nothing is saved", NoEffectWarning, 2)
-        self._shape = {"tokens": tokens, "block": config.block, "layers": [clean_name(name) for name in layers]}
+        self._masked = mask_attention(model, self.config, self._side, self._seed)
 
     @property
     def _seed(self) -> int:
@@ -179,7 +149,7 @@ class SViTEAttention(Method):
 
     def architecture(self) -> dict[str, Any]:
         """Block and length of the masks."""
-        return dict(self._shape)
+        return {"tokens": self._masked.tokens, "block": self.config.block, "layers": list(self._masked.layers)}
 
     # -- steps -------------------------------------------------------------------------------------------------
 
@@ -187,7 +157,7 @@ class SViTEAttention(Method):
         """Refuse stages of other lengths, for which learned masks cannot be; make the masks of fixed patterns.
 
         Raises:
-            PlanError: see above, or no stage is long enough.
+            PlanError: see above, no stage is long enough, or the pattern cannot be for one of them.
         """
         assert ctx.schedule is not None
         self._measured = None
@@ -199,7 +169,10 @@ class SViTEAttention(Method):
                 if lengths[other.index] != full:
                     raise PlanError(other_length(other, lengths[other.index], full))
             return
-        self._check_length(max(lengths.values()), PlanError)
+        check_length(self.config, max(lengths.values()), PlanError)
+        for other in ctx.schedule.stages:
+            if lengths[other.index] != full:
+                check_masks(self.config, lengths[other.index], self._masked.prefix, _where(other))
         self._current(ctx)
 
     def on_step_start(self, ctx: Context) -> None:
@@ -217,6 +190,7 @@ class SViTEAttention(Method):
 
         Raises:
             PlanError: masks are learned, and the length of the run is not known.
+            ConfigError: a resumed run's masks do not follow the configuration.
         """
         config, total, every, end = self.config, 0, 0, 0
         if self.learned:
@@ -225,9 +199,11 @@ class SViTEAttention(Method):
             total = ctx.schedule.total_steps
             every, end = interval_steps(config.update_every, ctx.schedule.spec, total), end_step(total, config.end)
             self.schedule = UpdateSchedule(total, every, end, config.alpha, config.initial)
-        self._started = True
         layers = self._layers(ctx)
-        if self._union:  # resumed
+        if self._union:
+            check_resumed(config, layers, self._masked)
+        self._started = True
+        if self._union:
             return
         if self.schedule is not None and not self.schedule.steps:
             warnings.warn(f"{KEY}: no update falls into {total} steps (every {every}, until {end})", NoEffectWarning, 2)
@@ -235,7 +211,7 @@ class SViTEAttention(Method):
         facts = self._facts(ctx)
         ctx.record(
             "attention_masks",
-            tokens=self._shape["tokens"],
+            tokens=self._masked.tokens,
             block=config.block,
             pattern=config.pattern,
             density=facts["density"],
@@ -294,7 +270,10 @@ class SViTEAttention(Method):
         start = time.monotonic()
         assert self.schedule is not None
         alpha, layers = self.schedule.fraction(ctx.step), self._layers(ctx)
-        rows = {name: self._exchange(name, module, scores[name], alpha, ctx.step) for name, module in layers.items()}
+        rows = {}
+        for name, module in layers.items():
+            rng = mask_rng(self._seed, name, "attention", ctx.step)
+            rows[name] = update_layer(module.block_mask, scores[name], self.config, self._masked.prefix, alpha, rng)
         self.last, self.updates = ctx.step, self.updates + 1
         self._measured = self._digest = None
         live, dropped, regrown = (sum(sum(row[key]) for row in rows.values()) for key in ("live", "dropped", "regrown"))
@@ -326,31 +305,6 @@ class SViTEAttention(Method):
             digest=digests[0],
             seconds=time.monotonic() - start,
         )
-
-    def _exchange(
-        self, name: str, module: nn.Module, scores: BlockScores, alpha: float, step: int
-    ) -> dict[str, list[int]]:
-        """Update one layer from what is equal on all ranks; counts of each head."""
-        mask, config = module.block_mask, self.config
-        keep, mass, slope = mask.keep.cpu(), scores.mass.cpu(), scores.slope.cpu()
-        certain = protected(config, mask.q_len, self._prefix)[0]
-        generator, new = mask_rng(self._seed, name, "attention", step), keep.clone()
-        counts: dict[str, list[int]] = {"live": [], "dropped": [], "regrown": []}
-        for head in range(keep.shape[0] if bool(mass.any()) else 0):  # a layer that took no part stays
-            done = exchange(
-                keep[head],
-                mass[head],
-                slope[head] if config.growth == "gradient" else None,
-                certain,
-                alpha,
-                generator,
-                config.exclude_just_dropped,
-            )
-            new[head] = done.mask
-            for key, units in (("live", new[head]), ("dropped", done.dropped), ("regrown", done.dropped & done.grown)):
-                counts[key].append(int(units.sum()))
-        mask.update_(new.to(mask.keep.device))
-        return counts
 
     def on_rebuilt(self, ctx: Context) -> None:
         """The module is new: its routes are those of the start."""
@@ -387,6 +341,7 @@ class SViTEAttention(Method):
         self._last_facts = {key: float(value) for key, value in state["facts"].items()}
         self._union = {name: unpacked(bits, shape) for name, (shape, bits) in state["union"].items()}
         self._scores, self._due, self._routed = None, False, False
+        self._started = False  # the next step compares these masks with the configuration
         self._measured = self._digest = None
 
     def decision(self, ctx: Context) -> str:
@@ -435,3 +390,7 @@ class SViTEAttention(Method):
         config = self.config
         what = {"window": f"window {config.window}", "strided": f"stride {config.stride}"}
         return f"attention {what.get(config.pattern, f'{config.target:g}')} b{config.block}"
+
+
+def _where(stage: Stage) -> str:
+    return f"stage {stage.index} ({dict(stage.settings)})"

@@ -17,7 +17,7 @@ from ...core.errors import ModelError
 from ...kernels.attention import BlockMask
 from ...kernels.attention.mask import num_blocks
 from ...kernels.attention.patterns import diagonal, from_scores, global_tokens, strided, union
-from .attention_config import AttentionConfig
+from .attention_config import KEY, AttentionConfig
 from .densities import mask_rng
 from .rules import Update, grow_after_drop
 
@@ -152,10 +152,18 @@ class FixedMask:
     layer: Layer
 
     def __call__(self, tokens: int) -> BlockMask | None:
-        """The mask of `tokens` tokens, on the host."""
+        """The mask of `tokens` tokens, on the host.
+
+        Raises:
+            ModelError: as `fixed_keep`.
+        """
         if tokens <= SHORT and not self.config.allow_short:
             return None
-        return BlockMask(fixed_keep(self.config, self.layer, tokens), tokens, tokens, self.config.block)
+        try:
+            keep = fixed_keep(self.config, self.layer, tokens)
+        except ModelError as error:
+            raise ModelError(f"{KEY}: {error}") from error
+        return BlockMask(keep, tokens, tokens, self.config.block)
 
 
 def swaps(alpha: float, live: int, blocks: int, certain: int) -> int:

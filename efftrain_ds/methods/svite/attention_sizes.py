@@ -1,4 +1,4 @@
-"""How many tokens a model has in each stage, and what attention with live blocks costs."""
+"""How many tokens a model has in each stage, whether the masks can be for so many, and what live blocks cost."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from ...core.errors import ModelError
+from ...core.errors import ModelError, PlanError
 from ...core.timeline import PlanSpec, Stage
 from ...cost.plan import bandwidth_of
 from ...kernels.attention import BlockMask
-from .accounting import live_counts
-from .attention_config import KEY
-from .attention_masks import SHORT
+from ...kernels.attention.mask import num_blocks
+from .accounting import grid_of, live_counts
+from .attention_config import KEY, AttentionConfig
+from .attention_masks import SHORT, Layer, first_keep, fixed_keep, live_count
 from .densities import clean_name
 
 WHY_SHORT = (
@@ -34,9 +35,8 @@ def patch_grid(model: nn.Module, side: int | None) -> tuple[tuple[int, int], int
     Raises:
         ModelError: the model does not say.
     """
-    embed = getattr(model, "patch_embed", None)
-    grid, prefix = getattr(embed, "grid_size", None), getattr(model, "num_prefix_tokens", None)
-    if grid is None or prefix is None:
+    embed, prefix = getattr(model, "patch_embed", None), getattr(model, "num_prefix_tokens", None)
+    if getattr(embed, "grid_size", None) is None or prefix is None:
         raise ModelError(
             f"{KEY}: {type(model).__name__} does not say how many tokens it has; needed are patch_embed.grid_size and "
             "num_prefix_tokens, as timm's vision transformers have them"
@@ -46,9 +46,7 @@ def patch_grid(model: nn.Module, side: int | None) -> tuple[tuple[int, int], int
         raise ModelError(
             f"{KEY}: patch_drop_rate {drop.prob:g} changes the number of tokens while training; set it to 0"
         )
-    if side is not None and getattr(model, "dynamic_img_size", False):
-        grid = embed.dynamic_feat_size((side, side))  # type: ignore[union-attr]
-    return (int(grid[0]), int(grid[1])), int(prefix)
+    return grid_of(model, side), int(prefix)
 
 
 def stage_tokens(model: nn.Module, stage: Stage, full: int, spec: PlanSpec) -> int:
@@ -67,6 +65,68 @@ def other_length(stage: Stage, tokens: int, full: int) -> str:
         'masks are for one number of tokens: use a fixed pattern ("window", "strided", "random"), or no method that '
         "changes the size of the images"
     )
+
+
+def check_masks(config: AttentionConfig, tokens: int, prefix: int, where: str) -> None:
+    """Refuse a pattern that cannot be for a number of tokens, before a model is there to make its masks.
+
+    Args:
+        config: of the method.
+        tokens: of the sequences.
+        prefix: those of them that are not patches.
+        where: what has so many tokens, for the message.
+
+    Raises:
+        PlanError: the density is too low, or windows over patches that are no square.
+    """
+    if tokens <= SHORT and not config.allow_short:
+        return  # these have no mask, or are refused elsewhere
+    make = first_keep if config.pattern == "learned" else fixed_keep
+    try:
+        make(config, Layer("attention", 1, prefix, 0), tokens)
+    except ModelError as error:
+        raise PlanError(f"{KEY}: {where}: {error}") from error
+
+
+def check_evaluation(config: AttentionConfig, spec: PlanSpec) -> None:
+    """Refuse evaluations at a size that the masks cannot be for.
+
+    Raises:
+        PlanError: learned masks and another number of tokens, or as `check_masks`.
+    """
+    side = spec.eval_resolution
+    if not side or side == spec.resolution:
+        return
+    full, tokens = plan_tokens(spec, spec.resolution), plan_tokens(spec, side)
+    if config.pattern != "learned":
+        if spec.width:
+            check_masks(config, tokens, spec.prefix, f"efftrain.data.eval_resolution {side}")
+    elif tokens != full:
+        raise PlanError(
+            f"efftrain.data.eval_resolution: images of {side} have {tokens} tokens, those of efftrain.data.resolution "
+            f"{spec.resolution} have {full}; learned masks are for one number of tokens: evaluate at "
+            f'{spec.resolution}, or set {KEY}.pattern to "window", "strided" or "random"'
+        )
+
+
+def live_share(config: AttentionConfig, tokens: int, prefix: int) -> float:
+    """Live share of the blocks, before there is a model."""
+    if config.pattern in ("learned", "random"):
+        return live_count(config, tokens) / num_blocks(tokens, config.block) ** 2
+    return float(fixed_keep(config, Layer("attention", 1, prefix, 0), tokens).float().mean())
+
+
+def masked_share(config: AttentionConfig, depth: int) -> float:
+    """Share of `depth` blocks whose attention is masked; 0 where some are excluded and `depth` is not known (0)."""
+    if not config.exclude:
+        return 1.0
+    names = [f"blocks.{i}.attn" for i in range(depth)]
+    return sum(not excluded(config, name) for name in names) / depth if depth else 0.0
+
+
+def excluded(config: AttentionConfig, name: str) -> bool:
+    """True for an attention layer of this clean name that sees everything."""
+    return any(name == root or name.startswith(root + ".") for root in config.exclude)
 
 
 def attention_macs(model: nn.Module, current: Mapping[str, tuple[BlockMask | None, int]]) -> dict[str, float]:

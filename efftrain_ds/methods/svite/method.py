@@ -179,6 +179,10 @@ class SViTE(Method):
 
     # -- steps -------------------------------------------------------------------------------------------------
 
+    def on_stage_enter(self, ctx: Context, stage: Stage) -> None:
+        """Count MACs anew: another method may have changed how many tokens the blocks see."""
+        self._measured = None
+
     def on_step_start(self, ctx: Context) -> None:
         """Begin to collect dense gradients where an update is due."""
         if not self._started:

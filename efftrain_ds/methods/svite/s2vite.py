@@ -131,7 +131,7 @@ class S2ViTE(Method):
         for name in self.config.exclude:
             if name not in full:
                 raise ModelError(f'{KEY}.exclude: {type(model).__name__} has no block "{name}" ({", ".join(full)})')
-        self._dense_macs = measured_macs(model, self._side)
+        self._dense_macs = measured_macs(model, self._side, selected=False)
 
     def _store(self, model: nn.Module, slots: Units) -> nn.Module:
         """Bring the full model into the form that is trained: compact, or masked."""
@@ -167,13 +167,15 @@ class S2ViTE(Method):
         Raises:
             PlanError: the stage has more units than are there.
         """
+        self._changed()  # other methods may have changed how many tokens the blocks see
         counts = self.units.counts_at(self._densities(stage), self.config.exclude)
         now = self.units.counts()
         if counts == now:
             return None
         more = [b for b in counts if any(counts[b][kind] > now[b][kind] for kind in KINDS)]
         if more:
-            raise PlanError(f"{KEY}: {(b := more[0])} has {now[b]}, this stage needs {counts[b]}; counts only fall")
+            b = more[0]
+            raise PlanError(f"{KEY}.ramp: {b} has {now[b]}, this stage needs {counts[b]}; counts only fall")
         sharded, sizes = ShardedMasks(ctx.engine), units_of(ctx.engine.blueprint)
         scores, by = {}, "score"
         for block in (b for b in counts if counts[b] != now[b]):
@@ -184,7 +186,6 @@ class S2ViTE(Method):
         keep, after = self.units.removal(counts, scores)
         request = compact_request(ctx.engine.blueprint, keep)
         self.units.before, self.units.slots, self._edge_scores = self.units.slots, after, {}
-        self._changed()
         ctx.record("units_removed", live=self.architecture()["units"], by=by, map=request.table())
         return request
 

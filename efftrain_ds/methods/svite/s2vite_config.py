@@ -9,8 +9,7 @@ from pydantic import AfterValidator, Field, model_validator
 
 from ...core.strict import StrictModel
 from ...core.timeline import Segment, Timeline
-from .s2vite_slots import ramp_densities, ramp_edges
-from .schedule import check_interval
+from .schedule import check_interval, ramp_densities, ramp_edges
 
 KEY = "efftrain.methods.s2vite"
 LEVEL = "unit_level"

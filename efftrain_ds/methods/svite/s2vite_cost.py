@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ...core.errors import ModelError
 from ...core.timeline import PlanSpec
 from ...cost.macs import vit_shape
-from .accounting import live_macs
+from .accounting import grid_of, live_macs, selected_tokens
 from .s2vite_slots import live_count
 
 _RATIO = 4
@@ -50,10 +50,25 @@ def mac_share(heads: float, neurons: float, spec: PlanSpec, excluded: int = 0) -
 
 
 def measured_macs(
-    model: nn.Module, side: int, masks: Mapping[str, Tensor] | None = None, heads: Sequence[int] | None = None
+    model: nn.Module,
+    side: int,
+    masks: Mapping[str, Tensor] | None = None,
+    heads: Sequence[int] | None = None,
+    *,
+    selected: bool = True,
 ) -> int:
-    """Forward MACs of one image as `accounting.live_macs`; 0 where the model is not of a known kind."""
+    """Forward MACs of one image as `accounting.live_macs`; 0 where the model is not of a known kind.
+
+    Args:
+        model: the model.
+        side: of the image in pixels, as for `accounting.grid_of`.
+        masks: as for `accounting.live_macs`.
+        heads: as for `accounting.live_macs`.
+        selected: the blocks see the selected tokens only, where the model selects some; False counts all.
+    """
     try:
-        return live_macs(model, side, masks, heads=heads)
+        grid = grid_of(model, side)
+        kept = selected_tokens(model, grid) if selected else None
+        return live_macs(model, grid, masks, kept=kept, heads=heads)
     except (ModelError, AttributeError):
         return 0

@@ -162,14 +162,3 @@ def unit_mask(units: int, live: Iterable[int]) -> Tensor:
     mask = torch.zeros(units, dtype=torch.bool)
     mask[list(live)] = True
     return mask
-
-
-def ramp_densities(start: float, target: float, levels: int) -> tuple[float, ...]:
-    """Densities of the levels of a ramp: equal steps from `start` down to `target`."""
-    first, last = Fraction(str(start)), Fraction(str(target))
-    return tuple(float(first + (last - first) * Fraction(k, levels - 1)) for k in range(levels))
-
-
-def ramp_edges(until: float, levels: int) -> tuple[float, ...]:
-    """Progress at which each level begins; the last begins at `until`."""
-    return tuple(until * k / (levels - 1) for k in range(levels))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import pairwise
 from typing import Any, ClassVar
 
@@ -23,7 +23,7 @@ from ...cost.macs import vit_macs
 from ...cost.plan import bandwidth_of
 from ...models.masked import masks_of
 from ...models.tokens import TokenSelector, check_keep, insert_selector, kept_tokens, selector_of
-from .accounting import live_macs
+from .accounting import LiveCounts, grid_of, live_counts, live_macs
 from .densities import clean_name
 from .tokens_config import KEY, SETTING, SViTETokensConfig
 
@@ -46,6 +46,7 @@ class SViTETokens(Method):
         super().__init__(config)
         self._keep = config.keeps[0]
         self._run_seed = 0
+        self._dense: LiveCounts | None = None
 
     # -- before the run ----------------------------------------------------------------------------------------
 
@@ -91,6 +92,8 @@ class SViTETokens(Method):
                 check_keep(model, keep)
         except ModelError as error:
             raise ModelError(f"{KEY}: {error}") from error
+        with suppress(ModelError, AttributeError):  # a patch embedding or blocks of another kind
+            self._dense = live_counts(model)
         if config.keeps == (1.0,):
             warnings.warn(f"{KEY}.keep: 1 keeps all tokens", NoEffectWarning, 2)
         return model
@@ -117,12 +120,14 @@ class SViTETokens(Method):
         self._set(ctx)
 
     def on_step_start(self, ctx: Context) -> None:
-        """Set the temperature of the step.
+        """Set the temperature and the noise of the step.
 
         Raises:
             PlanError: the length of the run is not known.
         """
-        self._set(ctx).tau.fill_(self._tau(ctx))
+        selector = self._set(ctx)
+        selector.tau.fill_(self._tau(ctx))
+        selector.noise.fill_(self._noise(ctx))
 
     @contextmanager
     def on_eval(self, ctx: Context) -> Iterator[None]:
@@ -138,26 +143,32 @@ class SViTETokens(Method):
         return selector
 
     def _tau(self, ctx: Context) -> float:
-        tau = self.config.tau
         if ctx.schedule is None:
-            if tau.start != tau.end:
-                raise PlanError(f"{KEY}.tau needs the length of the run: set efftrain.run.steps")
-            return tau.start
+            return _constant("tau", self.config.tau.start, self.config.tau.end)
         return self.config.tau_at(ctx.step, ctx.schedule.total_steps)
 
+    def _noise(self, ctx: Context) -> float:
+        if ctx.schedule is None:
+            return _constant("noise", self.config.noise.start, self.config.noise.end)
+        return self.config.noise_at(ctx.step, ctx.schedule.total_steps)
+
     def _counts(self, ctx: Context, selector: TokenSelector) -> tuple[int, int, dict[str, int]]:
-        """Tokens of an image of this stage, kept ones, and forward MACs from the live masks where they can be told."""
+        """Tokens of an image of this stage, kept ones, and forward MACs where they can be told.
+
+        "macs" of what lives, "dense_macs" of all tokens, weights, heads and neurons of a model of this depth.
+        """
         model: Any = ctx.engine.module
-        full = ctx.schedule.spec.resolution if ctx.schedule is not None else model.patch_embed.img_size[0]
-        side = bandwidth_of(ctx.settings, full)
-        grid = model.patch_embed.dynamic_feat_size((side, side))
+        grid = grid_of(model, bandwidth_of(ctx.settings, ctx.schedule.spec.resolution if ctx.schedule else 0))
         tokens = grid[0] * grid[1] + selector.prefix
         kept = selector.kept(tokens)
         masks = {clean_name(name): mask for name, mask in masks_of(model).items()}
         try:
+            dense = live_counts(model)
+            if self._dense is not None and len(self._dense.blocks) == len(dense.blocks):
+                dense = self._dense  # heads and neurons may be gone since
             macs = {
-                "macs": live_macs(model, side, masks, kept=kept if selector.select == "gather" else None),
-                "dense_macs": live_macs(model, side),
+                "macs": live_macs(model, grid, masks, kept=kept if selector.select == "gather" else None),
+                "dense_macs": dense.macs(grid[0] * grid[1], selector.prefix),
             }
         except (ModelError, AttributeError):  # a patch embedding or blocks of another kind
             macs = {}
@@ -174,18 +185,29 @@ class SViTETokens(Method):
         self._keep = float(state["keep"])
 
     def decision(self, ctx: Context) -> str:
-        """Kept share and temperature; which tokens are kept is every image's own."""
-        return f"keep {self._keep:g} tau {self._tau(ctx):.9g}"
+        """Kept share, temperature and noise; which tokens are kept is every image's own."""
+        return f"keep {self._keep:g} tau {self._tau(ctx):.9g} noise {self._noise(ctx):.9g}"
 
     def scalars(self, ctx: Context) -> dict[str, float]:
-        """Kept share, temperature, and the entropy of the scores in nats (see `TokenSelector.entropy`)."""
+        """Kept share, temperature, noise, and the entropy of the scores in nats (see `TokenSelector.entropy`)."""
         selector = selector_of(ctx.engine.module)
         if selector is None:
             return {}
-        tau = float(selector.tau)
-        return {"tokens/keep": self._keep, "tokens/tau": tau, "tokens/entropy": float(selector.entropy)}
+        found = {f"tokens/{name}": float(getattr(selector, name)) for name in ("tau", "noise", "entropy")}
+        return {"tokens/keep": self._keep, **found}
 
     def describe(self, stage: Stage) -> str:
         """For example ``"keep 0.7"``, ``"keep 0.7 masked"``."""
         words = f"keep {stage.settings.get(SETTING, self.config.keep):g}"
         return words + (" masked" if self.config.select == "mask" else "")
+
+
+def _constant(key: str, start: float, end: float) -> float:
+    """The value of a course where the length of the run is not known.
+
+    Raises:
+        PlanError: it is not constant.
+    """
+    if start != end:
+        raise PlanError(f"{KEY}.{key} needs the length of the run: set efftrain.run.steps")
+    return start

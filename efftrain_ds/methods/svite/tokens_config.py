@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from ...core.strict import StrictModel
-from .s2vite_slots import ramp_densities, ramp_edges
+from .schedule import ramp_densities, ramp_edges
 
 KEY = "efftrain.methods.svite_tokens"
 SETTING = "keep_ratio"
@@ -34,6 +34,15 @@ class TauConfig(StrictModel):
     """At the end of the run."""
 
 
+class NoiseConfig(StrictModel):
+    """Size of the Gumbel noise on the scores in training, linear over the steps of the run."""
+
+    start: float = Field(1.0, ge=0)
+    """At the first step. 1 makes the choice a draw by the softmax of the scores."""
+    end: float = Field(0.0, ge=0)
+    """At the end of the run. 0: training ends with the choice that evaluations make; 1 as the SViTE code does."""
+
+
 class SViTETokensConfig(StrictModel):
     """Let a learned scorer choose the tokens of every image that the blocks see."""
 
@@ -46,6 +55,8 @@ class SViTETokensConfig(StrictModel):
     """A share that changes in the first part of the run; null = always `keep`."""
     tau: TauConfig = TauConfig()
     """Temperature."""
+    noise: NoiseConfig = NoiseConfig()
+    """Noise on the scores."""
     seed: int | None = None
     """Seed of the scorer's first weights; null = that of the run."""
 
@@ -67,4 +78,12 @@ class SViTETokensConfig(StrictModel):
 
     def tau_at(self, step: int, total: int) -> float:
         """Temperature of step `step` of `total`."""
-        return self.tau.start + (self.tau.end - self.tau.start) * min(step, total) / max(1, total)
+        return _linear(self.tau, step, total)
+
+    def noise_at(self, step: int, total: int) -> float:
+        """Size of the noise in step `step` of `total`."""
+        return _linear(self.noise, step, total)
+
+
+def _linear(course: TauConfig | NoiseConfig, step: int, total: int) -> float:
+    return course.start + (course.end - course.start) * min(step, total) / max(1, total)

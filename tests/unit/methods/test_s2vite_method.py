@@ -19,6 +19,8 @@ from efftrain_ds.methods.svite.s2vite_values import new_values
 from efftrain_ds.models import masked
 from efftrain_ds.models.adapters import create_model
 from efftrain_ds.models.units import units_of
+from efftrain_ds.planning import make_plan
+from efftrain_ds.train_setup import shortened
 from efftrain_ds.zero.blueprint import digest, make_blueprint
 
 
@@ -100,6 +102,26 @@ def test_the_plan():
     assert costs[-1] == pytest.approx((0.4 + 2 * 0.6) / 3)
     with pytest.raises(PlanError, match="update_every: 2000st is 2000 steps, but the run has 1000"):
         S2ViTE(S2ViTEConfig(update_every="2000st")).plan(one)
+
+
+def test_falling_counts_are_measured_in_one_pass():
+    ramp = {"start": 1.0, "levels": 4}
+    small = {"patch_size": 8, "embed_dim": 64, "depth": 2, "num_heads": 4}
+    section = {
+        "run": {"steps": 1000},
+        "model": {"name": "vit_tiny_patch16_224", "num_classes": 10, "kwargs": small},
+        "data": {"resolution": 32, "samples": 1000},
+        "methods": {"s2vite": {"heads": 0.5, "neurons": 0.5, "ramp": ramp}},
+    }
+    sizes = {"train_batch_size": 8, "train_micro_batch_size_per_gpu": 8}
+    short = shortened(make_plan(load_config({**sizes, "efftrain": {"schema": 1, **section}}), world=1), 4)
+    rows = [(s.stage.settings["unit_level"], s.stage.steps) for s in short.stages]
+    assert rows == [(level, steps) for level in range(4) for steps in (2, 4)]
+    method = prepared(heads=0.5, neurons=0.5, ramp=ramp)[0]
+    method.on_stage_enter(None, short.stages[0].stage)
+    method.units.draw(method.units.counts_at((0.5, 0.5), []), 0)
+    with pytest.raises(PlanError, match=r"^efftrain\.methods\.s2vite\.ramp: blocks\.0 has .* counts only fall"):
+        method.on_stage_enter(None, short.stages[0].stage)
 
 
 def test_cost_is_that_of_the_model():

@@ -162,12 +162,6 @@ def test_draws_belong_to_the_unit():
     assert not torch.equal(heads.query_key.flatten()[: heads.proj.numel()], heads.proj.flatten())
 
 
-def test_ramps():
-    assert slots.ramp_densities(1.0, 0.4, 4) == (1.0, 0.8, 0.6, 0.4)
-    assert slots.ramp_densities(0.7, 0.7, 2) == (0.7, 0.7)
-    assert slots.ramp_edges(0.6, 4) == pytest.approx((0.0, 0.2, 0.4, 0.6))
-
-
 def two_blocks():
     units = LiveUnits({"blocks.0": BlockUnits(4, 16, 12, 64), "blocks.1": BlockUnits(4, 16, 12, 64)})
     units.draw(units.counts_at((0.5, 0.5), ["blocks.1"]), 7)

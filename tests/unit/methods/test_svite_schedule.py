@@ -2,7 +2,14 @@ import pytest
 
 from efftrain_ds.core.errors import ConfigError
 from efftrain_ds.methods.svite.densities import exact_counts, layer_densities
-from efftrain_ds.methods.svite.schedule import DensitySchedule, UpdateSchedule, end_step, scaled_interval
+from efftrain_ds.methods.svite.schedule import (
+    DensitySchedule,
+    UpdateSchedule,
+    end_step,
+    ramp_densities,
+    ramp_edges,
+    scaled_interval,
+)
 
 
 def schedule(**changes):
@@ -95,3 +102,9 @@ def test_falling_density_never_makes_a_layer_grow(rule):
     for name in shapes:
         values = [c[name] for c in counts]
         assert values == sorted(values, reverse=True)
+
+
+def test_ramps():
+    assert ramp_densities(1.0, 0.4, 4) == (1.0, 0.8, 0.6, 0.4)
+    assert ramp_densities(0.7, 0.7, 2) == (0.7, 0.7)
+    assert ramp_edges(0.6, 4) == pytest.approx((0.0, 0.2, 0.4, 0.6))

@@ -13,10 +13,12 @@ from efftrain_ds.core.context import Context
 from efftrain_ds.core.errors import ConfigError, ModelError, NoEffectWarning, PlanError
 from efftrain_ds.core.timeline import PlanSpec, merge_timelines
 from efftrain_ds.cost.macs import module_macs
-from efftrain_ds.methods.svite.accounting import live_counts, live_facts, live_macs, selected_tokens
+from efftrain_ds.methods.svite.accounting import grid_of, live_counts, live_facts, live_macs, selected_tokens
 from efftrain_ds.methods.svite.config import SViTEConfig
 from efftrain_ds.methods.svite.densities import exact_counts, layer_densities, mask_rng, maskable, random_mask
 from efftrain_ds.methods.svite.method import SViTE
+from efftrain_ds.methods.svite.s2vite import S2ViTE
+from efftrain_ds.methods.svite.s2vite_config import S2ViTEConfig
 from efftrain_ds.methods.svite.tokens import SViTETokens
 from efftrain_ds.methods.svite.tokens_config import SViTETokensConfig
 from efftrain_ds.models import masked
@@ -258,9 +260,11 @@ def test_stages_set_the_share_and_steps_the_temperature():
         assert event == "token_selection"
         assert (data["keep"], data["kept"], data["tokens"]) == (selector.keep, selector.kept(17), 17)
         assert data["macs"] == live_macs(model, 32, kept=data["kept"])
-        assert made.decision(ctx) == f"keep {selector.keep:g} tau {10 - 9.9 * step / 1000:.9g}"
+        assert (
+            made.decision(ctx) == f"keep {selector.keep:g} tau {10 - 9.9 * step / 1000:.9g} noise {1 - step / 1000:.9g}"
+        )
     assert seen == [(1.0, 10.0, 17), (0.9, 8.02, 15), (0.7, 4.06, 12), (0.7, 0.1099, 12)]
-    assert set(made.scalars(ctx)) == {"tokens/keep", "tokens/tau", "tokens/entropy"}
+    assert set(made.scalars(ctx)) == {"tokens/keep", "tokens/tau", "tokens/noise", "tokens/entropy"}
 
 
 def test_share_after_a_load_a_rebuild_and_in_an_evaluation():
@@ -297,12 +301,64 @@ def test_the_journal_counts_smaller_inputs_and_live_weights():
     assert data["dense_macs"] == live_macs(vit(), 16)
 
 
+def test_a_model_of_one_size_has_its_own_grid():
+    made, schedule = method({"keep": 0.5}, resolution=224)  # a user's loop need not say how large its images are
+    model = made.prepare_model(vit(img_size=(32, 48)))
+    ctx, records = context(model, schedule)
+    made.on_stage_enter(ctx, ctx.stage)
+    data = records[0][1]
+    assert (data["tokens"], data["kept"]) == (25, 13)
+    assert data["macs"] == live_macs(model, (4, 6), kept=13) < data["dense_macs"] == live_macs(model, (4, 6))
+    shapes = maskable(model)
+    facts = live_facts(model, 224, shapes, {}, {})
+    assert (facts["macs"], facts["dense_macs"]) == (data["macs"], data["dense_macs"])
+    assert grid_of(vit(dynamic_img_size=True), 64) == (8, 8)
+    with pytest.raises(ModelError, match="Linear does not say how many patches"):
+        grid_of(torch.nn.Linear(2, 2), 64)
+
+
+def test_dense_macs_are_those_of_the_model_with_all_heads_and_neurons():
+    made, schedule = method({"keep": 0.5})
+    units = S2ViTE(S2ViTEConfig(heads=0.5, neurons=0.5))
+    units.plan(spec())
+    model = units.prepare_model(made.prepare_model(vit()))
+    ctx, records = context(model, schedule)
+    made.on_stage_enter(ctx, ctx.stage)
+    data = records[0][1]
+    assert data["dense_macs"] == 1_942_400
+    assert data["macs"] == live_macs(model, 32, kept=9) < live_macs(model, 32) < 1_942_400
+    assert units._facts(ctx)["macs"] == data["macs"]
+    assert units._dense_macs == 1_942_400
+
+
+def test_macs_of_other_methods_follow_the_ramp():
+    one, partners = spec(), [SViTE(SViTEConfig()), S2ViTE(S2ViTEConfig(heads=0.5, neurons=0.5))]
+    for partner in partners:
+        made, schedule = method(RAMP)
+        partner.plan(one)
+        model = partner.prepare_model(made.prepare_model(vit()))
+        seen = []
+        for stage in schedule.stages:
+            ctx, _ = context(model, schedule, stage.start_step)
+            for each in (made, partner):
+                each.on_stage_enter(ctx, stage)
+            seen.append(partner._facts(ctx)["macs"])
+        assert seen == sorted(set(seen), reverse=True), partner.name
+
+
 def test_without_the_length_of_the_run():
     made, _ = method({})
     model = made.prepare_model(vit())
     with pytest.raises(PlanError, match=r"efftrain\.run\.steps"):
         made.on_step_start(context(model, None)[0])
-    constant, _ = method({"tau": {"start": 1.0, "end": 1.0}})
+    constant, _ = method({"tau": {"start": 1.0, "end": 1.0}, "noise": {"end": 1.0}})
     constant.prepare_model(model := vit())
     constant.on_step_start(context(model, None)[0])
     assert float(selector_of(model).tau) == 1
+
+
+def test_noise_falls_over_the_run():
+    config = SViTETokensConfig.model_validate({})
+    assert [config.noise_at(step, 100) for step in (0, 50, 100)] == [1.0, 0.5, 0.0]
+    reference = SViTETokensConfig.model_validate({"noise": {"end": 1.0}})
+    assert reference.noise_at(77, 100) == 1.0

@@ -268,7 +268,7 @@ def test_casts_leave_the_temperature_alone():
     assert out.dtype == torch.bfloat16
     out.float().square().sum().backward()
     assert selector.scorer.weight.grad.isfinite().all()
-    assert not [name for name in model.state_dict() if name.endswith(("tau", "entropy"))]
+    assert not [name for name in model.state_dict() if name.endswith(("tau", "noise", "entropy"))]
 
 
 def test_copies_and_blueprints():
@@ -309,6 +309,46 @@ def test_compiled_whole_and_once(select):
     assert compiled(x).shape[1] == (12 if select == "gather" else 17)
     assert counter.frame_count == 2
     torch._dynamo.reset()
+
+
+@pytest.mark.parametrize(
+    ("keeps", "limit"), [((1.0, 0.7), 2), pytest.param((1.0, 0.9, 0.8, 0.7, 0.6), 8, marks=pytest.mark.slow)]
+)
+def test_every_share_is_compiled_for_training_and_evaluation(keeps, limit):
+    from torch._dynamo.backends.registry import lookup_backend
+
+    module, x, runs = selector(), tokens().requires_grad_(), []
+
+    def backend(graph, inputs):
+        made = lookup_backend("aot_eager")(graph, inputs)
+        return lambda *args: (runs.append(len(seen)), made(*args))[1]
+
+    torch._dynamo.reset()
+    module.compile(backend=backend)
+    seen = []
+    with torch._dynamo.config.patch(recompile_limit=limit):  # versions of a function
+        for keep in keeps:
+            module.keep = keep
+            module.keep = keep  # an equal one changes nothing
+            for training in (True, False):
+                out = module.train(training)(x)
+                if training:
+                    out.sum().backward()
+                seen.append(out.shape[1])
+    assert seen == [kept_tokens(keep, 17, 1) for keep in keeps for _ in range(2)]
+    assert runs == list(range(2 * len(keeps))), "every call ran compiled code"
+    torch._dynamo.reset()
+
+
+def test_an_equal_share_keeps_compiled_code(monkeypatch):
+    resets = []
+    monkeypatch.setattr(torch.compiler, "reset", lambda: resets.append(1))
+    module = selector()
+    module.keep = 0.5
+    copy.deepcopy(module).keep = 0.5
+    assert not resets
+    module.keep = 0.7
+    assert resets == [1]
 
 
 @pytest.mark.slow
@@ -372,3 +412,15 @@ def test_block_masks_are_refused_for_gathered_tokens():
     with pytest.raises(ModelError, match=r"blocks\.1\.attn"):
         insert_selector(model, 0.5)
     assert isinstance(model.patch_drop, nn.Identity)
+
+
+@pytest.mark.parametrize("select", ["gather", "mask"])
+def test_without_noise_training_chooses_as_evaluation_does(select):
+    model = insert_selector(vit(), 0.5, select)
+    selector = selector_of(model)
+    tokens = torch.randn(3, 17, model.embed_dim)
+    chosen = selector.eval()(tokens)
+    selector.train().noise.fill_(0.0)
+    assert torch.equal(selector(tokens), chosen)
+    selector.noise.fill_(5.0)
+    assert not torch.equal(selector(tokens), chosen)

@@ -176,3 +176,11 @@ def test_values_of_another_shape_are_refused():
     with pytest.raises(EffTrainError, match=r"0.weight has shape \[7, 5\]; values of shape \[5\]"):
         ShardedMasks(engine).write_({"0.bias": (chosen[:, 0], 1.0), "0.weight": (chosen, torch.ones(5))})
     assert all(torch.equal(before[n], v) for n, v in everything(engine).items())
+
+
+def test_a_rank_with_nothing_but_padding_writes_nothing(monkeypatch):
+    # 460 entries on 32 ranks of 15: the last rank would begin at 465
+    parameter = nn.Parameter(torch.zeros(0))
+    parameter.ds_id = 0
+    monkeypatch.setattr(masks_module.access, "partition", lambda p: (465, torch.zeros(0)))
+    masks_module._write_working(parameter, torch.ones(460, dtype=torch.bool), torch.ones(460))
