@@ -23,6 +23,41 @@ class StageConfig(StrictModel):
     """Cost of one sample relative to full resolution; null = (bandwidth / resolution)^2."""
 
 
+class ReplayConfig(StrictModel):
+    """Replay buffer of the stages of one bandwidth: load a sample once, use it several times."""
+
+    bandwidth: int = Field(gt=0)
+    """Side B of the stages, as the plan shows it."""
+    uses: int = Field(ge=2)
+    """Mean number of uses r of a loaded sample: the loader is asked for batch / r new samples a step."""
+    capacity: int = Field(gt=0)
+    """Optimizer steps S whose samples the buffer holds: no sample is used S or more steps after it was loaded. One rank
+    needs S * batch / (ranks * r) images of 3 * resolution^2 bytes."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> ReplayConfig:
+        if self.capacity < self.uses:
+            raise ValueError(
+                f'"capacity" {self.capacity} is below "uses" {self.uses}: a step repeats no sample, so the buffer must '
+                "hold a whole batch"
+            )
+        return self
+
+
+class LargeBatchConfig(StrictModel):
+    """Larger global batches at small bandwidths, and what the learning rate does then.
+
+    The published batches and rule are not known; the defaults are a reconstruction.
+    """
+
+    max_scale: int = Field(4, ge=1)
+    """Upper limit of the factor on the global batch; the factor is 2^floor(log2(1 / pace)) below it."""
+    lr: Literal["sqrt", "linear", "none"] = "sqrt"
+    """Factor on the peak learning rate where the batch is k times larger: sqrt(k), k or 1."""
+    ramp: float = Field(0.01, ge=0, le=0.5)
+    """Share of the budget over which the factor changes after a switch (the warm-up covers the start)."""
+
+
 class EfficientTrainConfig(StrictModel):
     """Frequency and augmentation curriculum of EfficientTrain and EfficientTrain++."""
 
@@ -43,6 +78,10 @@ class EfficientTrainConfig(StrictModel):
     """Use larger micro-batches and less accumulation at small bandwidths; the global batch stays."""
     max_micro_batch: int | None = Field(None, gt=0)
     """Upper limit of the grown micro-batch; null = none."""
+    replay: list[ReplayConfig] = []
+    """Replay buffers for slow data pipelines, at most one for each bandwidth; [] = off. Used by launch/train.py."""
+    large_batch: LargeBatchConfig | None = None
+    """Larger global batches at small bandwidths, for many devices; null = off. Used by launch/train.py."""
 
     @model_validator(mode="after")
     def _fits(self) -> EfficientTrainConfig:
@@ -55,4 +94,7 @@ class EfficientTrainConfig(StrictModel):
                 raise ValueError(f'"until" of the stages must increase and end at 1.0, found {ends}')
         if self.lowpass != "fourier" and (self.align != "center" or self.nyquist):
             raise ValueError(f'"align" and "nyquist" apply to lowpass "fourier" only, found "{self.lowpass}"')
+        sides = [buffer.bandwidth for buffer in self.replay]
+        if len(set(sides)) < len(sides):
+            raise ValueError(f'"replay" may name each bandwidth once, found {sides}')
         return self

@@ -17,11 +17,12 @@ from ...core.context import Context
 from ...core.errors import ConfigError, ModelError, NoEffectWarning, PlanError
 from ...core.method import Method
 from ...core.registry import register_method
+from ...core.replay import mean_uses
 from ...core.timeline import PlanSpec, Stage, Timeline
 from ...kernels.lowfreq_crop import lowfreq_crop, resample
 from ...models.adapters import accepts_sizes
 from .config import EfficientTrainConfig
-from .schedules import PACING, CurriculumStage, build_timeline, custom_stages, named_stages
+from .schedules import PACING, CurriculumStage, batch_scale, build_timeline, custom_stages, named_stages
 
 logger = logging.getLogger(__name__)
 
@@ -68,6 +69,8 @@ class EfficientTrain(Method):
             pacing = config.pacing or "compute"
             stages = custom_stages(config.schedule, spec.resolution)
             found += _misfits(stages, spec)
+        if stages:
+            found += _replay_misfits(stages, config, spec)
         if found:
             raise PlanError("\n".join(found))
         if stages[-1].bandwidth < spec.resolution:
@@ -84,6 +87,8 @@ class EfficientTrain(Method):
             magnitude=config.magnitude,
             grow_micro_batch=config.grow_micro_batch,
             max_micro_scale=limit,
+            replay=config.replay,
+            large_batch=config.large_batch,
         )
 
     def prepare_model(self, model: nn.Module) -> nn.Module:
@@ -146,10 +151,12 @@ class EfficientTrain(Method):
         return {f"stage/{name}": float(ctx.settings[name]) for name in names if name in ctx.settings}
 
     def describe(self, stage: Stage) -> str:
-        """For example ``"B96 m3"``."""
+        """For example ``"B96 m3"``, with ``"x4"`` where a sample is used four times."""
         words = [f"B{stage.settings['bandwidth']}"] if "bandwidth" in stage.settings else []
         if "ra_magnitude" in stage.settings:
             words.append(f"m{stage.settings['ra_magnitude']:g}")
+        if mean_uses(stage) > 1:
+            words.append(f"x{mean_uses(stage)}")
         return " ".join(words)
 
 
@@ -166,4 +173,24 @@ def _misfits(stages: list[CurriculumStage], spec: PlanSpec) -> list[str]:
             why.append("is odd")
         if why:
             found.append(f"efftrain.methods.efficienttrain.schedule.{i}.bandwidth: {b} {' and '.join(why)}")
+    return found
+
+
+def _replay_misfits(stages: list[CurriculumStage], config: EfficientTrainConfig, spec: PlanSpec) -> list[str]:
+    """What is wrong with the replay buffers."""
+    found = []
+    for i, buffer in enumerate(config.replay):
+        key = f"efftrain.methods.efficienttrain.replay.{i}"
+        own = [stage for stage in stages if stage.bandwidth == buffer.bandwidth]
+        if not own:
+            sides = ", ".join(str(side) for side in dict.fromkeys(stage.bandwidth for stage in stages))
+            found.append(f"{key}.bandwidth: no stage has {buffer.bandwidth}; allowed here: {sides}")
+            continue
+        limit = config.large_batch.max_scale if config.large_batch is not None else 1
+        batch = spec.batch * min(batch_scale(stage.pace, limit) for stage in own)
+        if batch % (spec.world * buffer.uses):
+            found.append(
+                f"{key}.uses: {batch // spec.world} samples of a rank in a step do not divide by {buffer.uses}; "
+                "allowed are divisors of that number"
+            )
     return found

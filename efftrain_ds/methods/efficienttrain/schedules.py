@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 
+from ...core.replay import REPLAY, REPLAY_STEPS
 from ...core.timeline import Segment, Timeline
-from .config import StageConfig
+from .config import LargeBatchConfig, ReplayConfig, StageConfig
 
 REFERENCE_RESOLUTION = 224  # the published bandwidths are for this side
 _ET_BANDWIDTHS = (160, 160, 160, 192, 224)
@@ -81,6 +82,21 @@ def custom_stages(stages: Sequence[StageConfig], resolution: int) -> list[Curric
     return built
 
 
+def batch_scale(pace: Fraction, limit: int) -> int:
+    """Factor on the global batch where a sample costs `pace` of a full one: the power of two at or below 1 / pace.
+
+    Never above the largest power of two within `limit` and never below 1. A reconstruction: the EfficientTrain++ paper
+    reports larger early batches, but neither their sizes nor code for them could be found.
+    """
+    whole = max(1, min(math.floor(1 / pace), limit))
+    return 1 << (whole.bit_length() - 1)
+
+
+def lr_scale(factor: int, rule: str) -> float:
+    """Factor on the peak learning rate for a batch that is `factor` times larger: "sqrt", "linear" or "none"."""
+    return {"sqrt": math.sqrt(factor), "linear": float(factor), "none": 1.0}[rule]
+
+
 def build_timeline(
     stages: Sequence[CurriculumStage],
     pacing: str,
@@ -88,6 +104,8 @@ def build_timeline(
     magnitude: bool = True,
     grow_micro_batch: bool = True,
     max_micro_scale: float | None = None,
+    replay: Sequence[ReplayConfig] = (),
+    large_batch: LargeBatchConfig | None = None,
 ) -> Timeline:
     """Turn stages into a timeline; neighbours that ask for the same become one segment.
 
@@ -97,7 +115,10 @@ def build_timeline(
         magnitude: put the RandAugment magnitude into the settings.
         grow_micro_batch: allow micro-batches larger by 1 / pace.
         max_micro_scale: upper limit of that growth.
+        replay: buffers by bandwidth.
+        large_batch: larger global batches at small bandwidths; None = off.
     """
+    buffers = {buffer.bandwidth: buffer for buffer in replay}
     segments: list[Segment] = []
     for stage in stages:
         settings: dict[str, int | float] = {"bandwidth": stage.bandwidth}
@@ -106,10 +127,15 @@ def build_timeline(
         scale = float(max(1 / stage.pace, Fraction(1))) if grow_micro_batch else 1.0
         if max_micro_scale is not None:
             scale = min(scale, max_micro_scale)
+        if (buffer := buffers.get(stage.bandwidth)) is not None:
+            settings |= {REPLAY: buffer.uses, REPLAY_STEPS: buffer.capacity}
         new = Segment(float(stage.start), float(stage.end), settings, float(stage.pace), scale)
+        if large_batch is not None:
+            factor = batch_scale(stage.pace, large_batch.max_scale)
+            new = replace(new, batch_scale=factor, lr_scale=lr_scale(factor, large_batch.lr), lr_ramp=large_batch.ramp)
         last = segments[-1] if segments else None
-        if last and (last.settings, last.pace, last.micro_scale) == (new.settings, new.pace, new.micro_scale):
-            segments[-1] = Segment(last.start, new.end, last.settings, last.pace, last.micro_scale)
+        if last and replace(last, start=new.start, end=new.end) == new:
+            segments[-1] = replace(last, end=new.end)
         else:
             segments.append(new)
     return Timeline(tuple(segments), pacing)
