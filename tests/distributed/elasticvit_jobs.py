@@ -1,0 +1,264 @@
+"""Functions run on the ranks by the tests of supernet training."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+import efftrain_ds
+from efftrain_ds.core.batch import Batch
+from efftrain_ds.methods.elasticvit.calibrate import batch_norms, calibrate
+from efftrain_ds.methods.elasticvit.method import ElasticVit
+from efftrain_ds.models.elastic import HybridSpace, PlainSpace
+from efftrain_ds.models.elastic.hybrid_space import StageSpec
+from efftrain_ds.models.elastic.named import unused_parts
+from tests.distributed import train_jobs
+
+STEPS, CLASSES = 4, 5
+ADAM = {"lr": 1e-2, "weight_decay": 0.3, "eps": 1e-3}
+"""The epsilon keeps rounding of tiny gradients from being blown up to whole steps."""
+PLAIN = PlainSpace(
+    widths=(8, 12, 16),
+    depths=(1, 2, 3),
+    heads=(1, 2, 3),
+    mlp=(1.0, 2.0),
+    head_dim=4,
+    resolutions=(8, 12),
+    patch=4,
+    num_classes=CLASSES,
+    class_token=False,
+)
+HYBRID = HybridSpace(
+    resolutions=(12, 16, 20),
+    stages=(
+        StageSpec("stem", 1, (4, 6), (1,), (1,), (3,)),
+        StageSpec("conv", 2, (4, 6, 8), (1, 2), (2, 3), (3, 5)),
+        StageSpec("vit", 2, (8, 12, 16), (1, 2, 3), mlp=(1, 2), v_scale=(2,)),
+    ),
+    head_dim=4,
+    head_width=16,
+    head_expand=2,
+    first_expand=2,
+    num_classes=10,
+)
+METHOD: dict[str, Any] = {"rows": 20, "bank": {"capacity": 3, "images": 16}, "calibrate": 24}
+LEVELS = {
+    PLAIN: {"levels": [4000, 8000, 14000], "window": 2000},
+    HYBRID: {"levels": [22000, 32000, 50000], "window": 6000},
+}
+
+
+def supernet(space=PLAIN) -> nn.Module:
+    torch.manual_seed(0)
+    return space.supernet()
+
+
+def _batches(steps: int = STEPS) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(10 + dist.get_rank())
+    return [
+        (torch.randn(6, 3, 12, 12, generator=generator), torch.randint(CLASSES, (6,), generator=generator))
+        for _ in range(steps)
+    ]
+
+
+def _config(stage: int, method: dict[str, Any], steps: int = STEPS) -> dict[str, Any]:
+    return {
+        "train_micro_batch_size_per_gpu": 6,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": 0.0,
+        "zero_optimization": {"stage": stage},
+        "optimizer": {"type": "AdamW", "params": {**ADAM, "torch_adam": True}},
+        "efftrain": {"run": {"steps": steps}, "methods": {"elasticvit": {**METHOD, **LEVELS[PLAIN], **method}}},
+    }
+
+
+def _train(engine, batches, drawn: list | None = None) -> list[float]:
+    losses = []
+    for images, labels in batches:
+        batch = Batch(images=images, labels=labels, valid=torch.tensor([True] * 5 + [len(losses) % 2 == 0]))
+        batch = engine.prepare_batch(batch)
+        for _ in engine.each_pass():
+            loss = engine.loss(engine(batch.images), batch)
+            engine.backward(loss)
+            if drawn is not None:
+                drawn.append(engine.methods[0].drawn[engine.methods[0]._index].config)
+            engine.step()
+            losses.append(float(loss.detach()) / engine.passes)
+    return losses
+
+
+def _reference(method: ElasticVit, drawn: list, decay_unused: bool) -> dict[str, torch.Tensor]:
+    """The same steps with one backward pass of the summed loss on plain torch, gradients averaged by hand."""
+    net = supernet()
+    optimizer = torch.optim.AdamW(net.parameters(), **ADAM)
+    targets = copy.copy(method.targets)
+    modes, place = method.config.modes, 0
+    for number, (images, labels) in enumerate(_batches()):
+        batch = Batch(images=images, labels=labels, valid=torch.tensor([True] * 5 + [number * len(modes) % 2 == 0]))
+        configs = drawn[place : place + len(modes)]
+        place += len(modes)
+        targets.begin(batch)
+        sum(targets.loss(mode, net(images, config)) for mode, config in zip(modes, configs, strict=True)).backward()
+        skipped = unused_parts(net.space, configs)
+        held = {}
+        for name, parameter in net.named_parameters():
+            parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            dist.all_reduce(parameter.grad)
+            parameter.grad /= dist.get_world_size()
+            if name.startswith(tuple(f"{block}." for block in skipped)) and not decay_unused:
+                state = optimizer.state.get(parameter, {})
+                held[name] = (parameter.detach().clone(), {k: v.clone() for k, v in state.items() if k != "step"})
+        optimizer.step()
+        optimizer.zero_grad()
+        for name, (value, state) in held.items():
+            parameter = net.get_parameter(name)
+            parameter.data.copy_(value)
+            for key, moment in optimizer.state[parameter].items():
+                if key != "step":
+                    moment.copy_(state.get(key, torch.zeros_like(moment)))
+    return {name: parameter.detach().clone() for name, parameter in net.named_parameters()}
+
+
+def step_job(stage: int, decay_unused: bool = False) -> dict[str, Any]:
+    """Steps of the method against `_reference`."""
+    method = {"bank": None, "decay_unused": decay_unused}
+    engine, *_ = efftrain_ds.initialize(model=supernet(), config=_config(stage, method))
+    drawn: list = []
+    losses = _train(engine, _batches(), drawn)
+    parameters = dict(engine.module.named_parameters())
+    with train_jobs.access.gather_full(list(parameters.values())):
+        found = {name: parameter.detach().float().clone() for name, parameter in parameters.items()}
+    expected = _reference(engine.methods[0], drawn, decay_unused)
+    start = supernet().state_dict()
+    result = {
+        "worst": max(float((found[n] - expected[n]).abs().max()) for n in expected),
+        "moved": max(float((start[n] - expected[n]).abs().max()) for n in expected),
+        "configs": [hash(config) for config in drawn],
+        "skipped": sum(
+            bool(unused_parts(PLAIN, drawn[i : i + engine.passes])) for i in range(0, len(drawn), engine.passes)
+        ),
+        "finite": all(x == x for x in losses),
+    }
+    engine.destroy()
+    return result
+
+
+def agreement_job(steps: int) -> dict[str, Any]:
+    """Sub-networks and banks of many steps; rank 1's own random numbers are disturbed."""
+    engine, *_ = efftrain_ds.initialize(model=supernet(), config=_config(1, {}, steps))
+    drawn: list = []
+    batches = _batches(steps)
+    for place in range(0, steps, 10):
+        if dist.get_rank() == 1:
+            torch.rand(7 + place)
+        _train(engine, batches[place : place + 10], drawn)
+    method = engine.methods[0]
+    result = {
+        "drawn": [PLAIN.codes(config).tolist() for config in drawn],
+        "bank": method.bank.checksum(),
+        "size": len(method.bank),
+        "explored": method.scalars(engine.context)["supernet/explored"],
+    }
+    engine.destroy()
+    return result
+
+
+def _changes(extra: dict[str, Any] | None = None) -> dict[str, Any]:
+    space = {key: value for key, value in HYBRID.to_dict().items() if key != "num_classes"}
+    changes = {
+        "gradient_clipping": 1.0,
+        "efftrain/run/steps": 8,
+        "efftrain/model": {"name": "elasticvit", "kwargs": {"space": space}, "ema": {"decay": 0.9}},
+        "efftrain/data/resolution": 20,
+        "efftrain/methods": {
+            "elasticvit": {
+                **METHOD,
+                **LEVELS[HYBRID],
+                "bank": {"capacity": 2, "images": 16, "refresh": "4st", "refresh_level": "2st"},
+                "evaluate": ["smallest", "largest", 1],
+            }
+        },
+    }
+    return {**changes, **(extra or {})}
+
+
+def resume_job(folder: str, stage: int, stops: list[int]) -> dict[str, Any]:
+    """Uninterrupted run against runs stopped and resumed; see `train_jobs.resume_run`."""
+    problems = []
+    whole = _run(folder + "/whole", stage)
+    for stop in stops:
+        _run(f"{folder}/{stop}", stage, stop)
+        second = _run(f"{folder}/{stop}", stage)
+        problems += [f"stop {stop}: {key} differs" for key, value in whole.items() if not _equal(value, second[key])]
+    return {"problems": problems, "bank": len(whole["bank"])}
+
+
+def _equal(a: Any, b: Any) -> bool:
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(_equal(a[k], b[k]) for k in a)
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+def _run(folder: str, stage: int, stop: int | None = None) -> dict[str, Any]:
+    trainer, _ = train_jobs.go(train_jobs.run_config(folder, stage, **_changes()), stop)
+    method = trainer.engine.methods[0]
+    buffers = {n: b.clone() for n, b in trainer.engine.module.named_buffers()}
+    average = dict(enumerate(train_jobs.average_of(trainer)))
+    found = {
+        "weights": train_jobs.final_weights(trainer),
+        "average": average,
+        "buffers": buffers,
+        "bank": method.bank.state_dict()["entries"],
+        "level": method.walk.index,
+    }
+    trainer.engine.destroy()
+    return found
+
+
+def evaluation_job(folder: str) -> dict[str, Any]:
+    """A run with evaluations of three sub-networks, with and without the average of the weights."""
+    val = {"efftrain/data/val": "bundled:fashion_mnist/val", "efftrain/data/eval_batch": 500}
+    trainer, screen = train_jobs.go(train_jobs.run_config(folder, 2, **_changes({**val, "efftrain/run/steps": 3})))
+    module = trainer.engine.module
+    modes = [m.training for m in batch_norms(module)]
+    result = {
+        "results": trainer.results,
+        "training": all(modes),
+        "momentum": {m.momentum for m in batch_norms(module)},
+        "config": module.config,
+        "screen": screen,
+    }
+    trainer.engine.destroy()
+    return result
+
+
+def calibration_job() -> dict[str, Any]:
+    """Statistics of two ranks against those of all their images in one process."""
+    net = supernet(HYBRID)
+    generator = torch.Generator().manual_seed(3)
+    images = torch.randn(2, 3, 8, 3, 20, 20, generator=generator)  # [ranks, batches, images, ...]
+    config = HYBRID.make(16, (6, 6, 12), (1, 2, 2), expand=3, kernel=(3, 5), mlp=2, v_scale=2)
+    net.set_config(config)
+    mine = images[dist.get_rank()]
+    count = calibrate(net, net, [(mine[0], 8), (mine[1], 8), (torch.zeros(8, 3, 20, 20), 0)])
+    found = {n: b.clone() for n, b in net.named_buffers() if n.endswith(("mean", "var"))}
+    first = next(iter(batch_norms(net)))
+    seen: list[torch.Tensor] = []
+    hook = first.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].detach()))
+    with torch.no_grad():
+        net.eval()(images[:, :2].flatten(0, 2))
+    hook.remove()
+    channels = seen[0].transpose(0, 1).flatten(1)
+    name = next(n for n, m in net.named_modules() if m is first)
+    width = channels.shape[0]
+    return {
+        "count": count,
+        "mean": float((found[f"{name}.running_mean"][:width] - channels.mean(1)).abs().max()),
+        "var": float((found[f"{name}.running_var"][:width] / channels.var(1) - 1).abs().max()),
+        "unused": found[f"{name}.running_var"][width:].tolist(),
+        "all": {n: b.tolist() for n, b in found.items()},
+    }

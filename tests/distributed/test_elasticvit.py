@@ -1,0 +1,70 @@
+"""Supernet training on two ranks: one step's sub-networks, equal choices, resuming, evaluation, calibration."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.distributed import elasticvit_jobs as jobs
+
+pytestmark = pytest.mark.dist
+
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    ("stage", "decay"),
+    [
+        (2, False),
+        pytest.param(0, False, marks=SLOW),
+        pytest.param(1, False, marks=SLOW),
+        pytest.param(3, False, marks=SLOW),
+        pytest.param(1, True, marks=SLOW),
+        pytest.param(3, True, marks=SLOW),
+    ],
+)
+def test_a_step_is_one_backward_of_the_sum_and_unused_blocks_stay(ranks, stage, decay):
+    results = ranks(jobs.step_job, stage, decay)
+    for result in results:
+        assert result["worst"] <= 2e-6 < 0.01 * result["moved"]
+        assert result["configs"] == results[0]["configs"]
+        assert result["skipped"]
+        assert result["finite"]
+
+
+@pytest.mark.slow
+def test_ranks_choose_alike(ranks):
+    first, second = ranks(jobs.agreement_job, 200)
+    assert first["drawn"] == second["drawn"]
+    assert first["bank"] == second["bank"]
+    assert first["size"] > 6
+    assert 0.3 < first["explored"] < 1
+
+
+@pytest.mark.parametrize(
+    ("stage", "stops"), [(1, [3]), pytest.param(2, [4], marks=SLOW), pytest.param(3, [5], marks=SLOW)]
+)
+def test_resumed_training_is_the_same(ranks, tmp_path, stage, stops):
+    for result in ranks(jobs.resume_job, str(tmp_path), stage, stops):
+        assert result["problems"] == []
+        assert result["bank"]
+
+
+@pytest.mark.slow
+def test_evaluation_of_chosen_sub_networks(ranks, tmp_path):
+    first, second = ranks(jobs.evaluation_job, str(tmp_path))
+    assert first["results"] == second["results"]
+    names = {f"{v}{e}{k}" for v in ("", "largest_", "level1_") for e in ("", "ema_") for k in ("top1", "top5", "loss")}
+    assert set(first["results"]) == names
+    assert first["training"]
+    assert first["momentum"] == {0.1}
+    assert first["config"] is None
+    assert "level1_top1" in first["screen"]
+
+
+def test_calibration_pools_the_ranks(ranks):
+    first, second = ranks(jobs.calibration_job)
+    assert first["all"] == second["all"]
+    assert first["count"] == 32
+    assert first["mean"] < 1e-6
+    assert first["var"] < 3e-3  # the variances of the batches are unbiased ones
+    assert set(first["unused"]) <= {1.0}
