@@ -10,6 +10,7 @@ from .config.deepspeed_keys import batch_sizes
 from .config.loader import LoadedConfig
 from .core.errors import ConfigError
 from .core.method import Method
+from .core.replay import replays
 from .core.timeline import PlanSpec, Schedule, merge_timelines
 from .models.adapters import model_stride
 from .models.stacks import growable_depth
@@ -33,7 +34,7 @@ def embedded_schedule(
         batch: (global batch, micro-batch) of an engine that exists; None reads them from DeepSpeed's section.
 
     Raises:
-        ConfigError: the length of the run is not given.
+        ConfigError: the length of the run is not given, or a method changes the batch or replays samples.
         PlanError: a method cannot run.
         ModelError: the model's stride is not known.
     """
@@ -59,5 +60,14 @@ def embedded_schedule(
         model=type(model).__name__,
         depth=growable_depth(model) if any(m.changes_parameters for m in methods) else 0,
         drop_path=max((float(getattr(m, "drop_prob", None) or 0.0) for m in model.modules()), default=0.0),
+        space=getattr(model, "space", None),
     )
-    return merge_timelines([method.plan(spec) for method in methods], spec)
+    schedule = merge_timelines([method.plan(spec) for method in methods], spec)
+    if replays(schedule):
+        raise ConfigError("efftrain.methods: a replay buffer needs the loader of launch/train.py; leave it out here")
+    if any(stage.batch != spec.batch for stage in schedule.stages):
+        raise ConfigError(
+            "efftrain.methods: a plan that changes the global batch needs the loop of launch/train.py; leave that out "
+            "here, where the batch is yours"
+        )
+    return schedule

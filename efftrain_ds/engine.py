@@ -426,11 +426,12 @@ class EfficientEngine(Checkpointing):
                 guard.after_step(applied)
 
     @contextmanager
-    def evaluating(self, ema: bool = False) -> Iterator[None]:
+    def evaluating(self, ema: bool = False, variant: str | None = None) -> Iterator[None]:
         """Evaluation mode; the methods' `on_eval` is entered in run order and left in reverse.
 
         Args:
             ema: compute with the average of the weights (collective).
+            variant: one of the methods' `variants`; None for the main evaluation.
 
         Raises:
             ConfigError: `ema` is asked for and there is none.
@@ -439,18 +440,22 @@ class EfficientEngine(Checkpointing):
             raise ConfigError("no average is kept; set efftrain.model.ema")
         module = self.deepspeed_engine.module
         was_training, nested = module.training, self._evaluating
-        with ExitStack() as stack:
-            for method in self.methods:
-                stack.enter_context(method.on_eval(self.context))
-            if ema:
-                stack.enter_context(self.ema.swap())
-            self.deepspeed_engine.eval()
-            self._evaluating = True
-            try:
-                yield
-            finally:
-                self._evaluating = nested
-                self.deepspeed_engine.train(was_training)
+        before, self.context.variant = self.context.variant, variant
+        try:
+            with ExitStack() as stack:
+                if ema:  # first: a method may measure with the weights that are evaluated
+                    stack.enter_context(self.ema.swap())
+                for method in self.methods:
+                    stack.enter_context(method.on_eval(self.context))
+                self.deepspeed_engine.eval()
+                self._evaluating = True
+                try:
+                    yield
+                finally:
+                    self._evaluating = nested
+                    self.deepspeed_engine.train(was_training)
+        finally:
+            self.context.variant = before
 
 
 def _passes_of(methods: Sequence[Method]) -> int:

@@ -15,8 +15,9 @@ class ProgressLR:
     `step` after each applied step does nothing, so a skipped step (fp16 overflow) does not shift the schedule.
 
     Args:
-        optimizer: its groups' ``lr`` are the peak values.
-        schedule: stages of the run.
+        optimizer: its groups' ``lr`` are the peak values; a group's ``lr_scale`` (see `models.layer_decay`) is in its
+            peak already and also multiplies `min_lr`, so that the rates of two groups keep their ratio.
+        schedule: stages of the run; its `lr_scale` multiplies the peak values, not `min_lr`.
         warmup: share of the budget in [0, 1).
         min_lr: rate at the end.
         shape: "cosine" or "constant".
@@ -27,6 +28,10 @@ class ProgressLR:
         self.schedule = schedule
         self.warmup, self.min_lr, self.shape = warmup, min_lr, shape
         self.base_lrs = [float(group["lr"]) for group in optimizer.param_groups]
+        self.floors = [
+            min(min_lr * float(group.get("lr_scale", 1.0)), base)
+            for group, base in zip(optimizer.param_groups, self.base_lrs, strict=True)
+        ]
         self.current = 0
         self.set_step(0)
 
@@ -34,10 +39,9 @@ class ProgressLR:
         """Write the rate of optimizer step `step` into the groups."""
         self.current = step
         p = self.schedule.progress(step + 0.5)
-        for group, base in zip(self.optimizer.param_groups, self.base_lrs, strict=True):
-            group["lr"] = learning_rate(
-                p, base=base, warmup=self.warmup, min_lr=min(self.min_lr, base), schedule=self.shape
-            )
+        scale = self.schedule.lr_scale(p)
+        for group, base, floor in zip(self.optimizer.param_groups, self.base_lrs, self.floors, strict=True):
+            group["lr"] = learning_rate(p, base=scale * base, warmup=self.warmup, min_lr=floor, schedule=self.shape)
 
     def step(self, *_: Any, **__: Any) -> None:
         """Nothing: see the class."""

@@ -7,13 +7,15 @@ import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import date
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from .config.deepspeed_keys import batch_sizes
 from .config.loader import LoadedConfig, build_methods
+from .config.sections import DataConfig
 from .core.errors import ModelError, PlanError
 from .core.method import Method
 from .core.registry import get_method
@@ -24,11 +26,15 @@ from .cost.memory import PRECISION_BYTES, module_activation_values, vit_activati
 from .cost.plan import PricedPlan, bandwidth_of, price
 from .cost.throughput import Measured, Throughput, machine_name, profile_key
 from .data import bundled
+from .data.labels import apply_labels, label_set
 from .data.manifest import MANIFEST, Manifest, load_manifest
 from .data.remote import open_data
 from .data.transport import is_remote
 from .observe.console import StageOutcome
 from .observe.meters import StepMeter, seconds_left
+
+if TYPE_CHECKING:
+    from .models.elastic import Space
 
 
 @dataclass(frozen=True)
@@ -46,10 +52,22 @@ def data_facts(config: LoadedConfig, samples: int | None = None) -> DataFacts:
         PlanError: none of them says, or the configuration contradicts the manifest.
         ShardError: a manifest is there but damaged.
     """
-    data = config.efftrain.data
+    data, model = config.efftrain.data, config.efftrain.model
     found, names = bundled.samples(data.train), bundled.classes(data.train)
-    if found is None and (manifest := _manifest(config)) is not None:
-        found, names = manifest.samples, manifest.classes
+    if data.labels is not None:
+        names = label_set(data.labels.target, "efftrain.data.labels.target").synsets
+        if model.num_classes is not None and model.num_classes != len(names):
+            raise PlanError(
+                f"efftrain.model.num_classes is {model.num_classes}, but {data.labels.target} "
+                f"(efftrain.data.labels.target) has {len(names)} classes"
+            )
+    if (found is None or data.labels is not None) and (manifest := _manifest(config)) is not None:
+        found, names = manifest.kept, manifest.classes
+    if names and model.num_classes is not None and model.num_classes < len(names):
+        raise PlanError(
+            f"efftrain.model.num_classes is {model.num_classes}, but {data.train} has {len(names)} classes; "
+            "efftrain.data.labels maps them to others"
+        )
     if found is not None and data.samples is not None and found != data.samples:
         raise PlanError(f"efftrain.data.samples is {data.samples}, but {data.train} holds {found} samples")
     count = next((n for n in (samples, found, data.samples) if n is not None), None)
@@ -58,8 +76,28 @@ def data_facts(config: LoadedConfig, samples: int | None = None) -> DataFacts:
             f'efftrain.data.samples: not given, and "{data.train}" (efftrain.data.train) has no {MANIFEST} '
             "to count from"
         )
-    classes = config.efftrain.model.num_classes or (len(names) if names else None)
-    return DataFacts(count or 0, classes)
+    return DataFacts(count or 0, model.num_classes or (len(names) if names else None))
+
+
+def with_labels(manifest: Manifest, data: DataConfig, *, held_out: bool = False) -> Manifest:
+    """A split with the classes of ``efftrain.data.labels``, as it is where that is not given.
+
+    Raises:
+        ConfigError: unknown label set, other counts of classes, or classes that the target does not have.
+    """
+    if data.labels is None:
+        return manifest
+    labels = data.labels
+    if not held_out:
+        return apply_labels(manifest, target=labels.target, source=labels.source, missing=labels.missing)
+    return apply_labels(
+        manifest,
+        target=labels.target,
+        source=labels.val_source,
+        missing=labels.val_missing or labels.missing,
+        source_key="val_source",
+        missing_key="val_missing",
+    )
 
 
 def _manifest(config: LoadedConfig) -> Manifest | None:
@@ -68,10 +106,12 @@ def _manifest(config: LoadedConfig) -> Manifest | None:
     if is_remote(data.train):
         if data.samples is not None and config.efftrain.model.num_classes is not None:
             return None
-        return open_data(data.train, cache_dir=data.cache_dir, allow_pipe=data.allow_pipe, index=False)
-    path = Path(data.train)
+        index = data.labels is not None and data.labels.missing == "drop"  # how many are dropped stands in the index
+        found = open_data(data.train, cache_dir=data.cache_dir, allow_pipe=data.allow_pipe, index=index)
+        return with_labels(found, data)
+    path = Path(bundled.resolve(data.train) if data.labels is not None else data.train)
     if data.train and (path.is_file() or (path / MANIFEST).is_file()):
-        return load_manifest(path)
+        return with_labels(load_manifest(path), data)
     return None
 
 
@@ -103,6 +143,14 @@ class _ModelCost:
         self.channels = int(model.kwargs.get("in_chans", 3))
         self._modules: dict[int | None, nn.Module] = {}
         self._found: dict[Hashable, int] = {}
+
+    @cached_property
+    def space(self) -> Space[Any] | None:
+        """Search space of a supernet; None for other models."""
+        from .models.elastic.named import space_of
+
+        model = self.config.efftrain.model
+        return space_of(model.name, model.kwargs, self.num_classes or 1000)
 
     @property
     def stride(self) -> int:
@@ -190,6 +238,8 @@ class _ModelCost:
         shape = self._shape(depth)
         if shape is not None:
             return shape.macs(resolution, self.classes)
+        if self.space is not None:  # its sub-networks resize the images
+            return self.space.macs(self.space.max())
         return self._once(("macs", depth, resolution), lambda: self._count_macs(resolution, depth))
 
     def _count_macs(self, resolution: int, depth: int | None) -> int:
@@ -245,12 +295,16 @@ def plan_spec(
     if section.run.epochs is None and section.run.steps is None:
         raise PlanError('efftrain.run: give "epochs" or "steps"')
     sizes = batch_sizes(config.deepspeed, world)
-    data, depth = section.data, 0
+    data, depth, width, prefix, space = section.data, 0, 0, 1, None
     if section.model.name:
         cost = _ModelCost(config, num_classes)
+        if cost.shape is not None:
+            width, prefix = cost.shape.dim, cost.shape.prefix
+        space = cost.space
         stride = cost.stride if stride is None else stride
-        # only methods that change it need it, and a model without a closed form must be built to tell
-        depth = cost.depth if any(get_method(name).changes_parameters for name in config.methods) else 0
+        # a model without a closed form must be built to tell, so it is for methods that change the depth only
+        changes = any(get_method(name).changes_parameters for name in config.methods)
+        depth = cost.depth if changes or cost.shape is not None else 0
     return PlanSpec(
         seed=section.run.seed,
         epochs=section.run.epochs or 0.0,
@@ -266,6 +320,10 @@ def plan_spec(
         drop_path=section.model.drop_path,
         magnitude=data.randaugment.magnitude if data.randaugment is not None else None,
         erasing=data.erasing,
+        width=width,
+        prefix=prefix,
+        space=space,
+        eval_resolution=data.eval_resolution or data.resolution,
     )
 
 

@@ -21,6 +21,7 @@ def evaluate(
     samples: int,
     *,
     ema: bool = False,
+    variant: str | None = None,
     stop: Callable[[], bool] | None = None,
 ) -> dict[str, float] | None:
     """Top-1, top-5 (where there are more than five classes) and cross-entropy on the whole held-out split.
@@ -31,6 +32,7 @@ def evaluate(
         prepare: moves a batch to the device and normalises it.
         samples: size of the split; the sum over all ranks is checked against it.
         ema: evaluate the average of the weights.
+        variant: one of the methods' `variants`, whose name then stands before those of the results.
         stop: asked before each batch, on all ranks; True breaks the evaluation off.
 
     Returns:
@@ -42,7 +44,7 @@ def evaluate(
     counts = torch.zeros(3, dtype=torch.int64, device=engine.device)
     loss = torch.zeros((), dtype=torch.float64, device="cpu")
     classes = 0
-    with engine.evaluating(ema=ema):
+    with engine.evaluating(ema=ema, variant=variant):
         for batch in loader:
             faults.point("eval.batch")
             if stop is not None and stop():
@@ -65,7 +67,7 @@ def evaluate(
     seen, top1, top5 = (int(v) for v in counts.tolist())
     if seen != samples:
         raise ShardError(f"evaluation saw {seen} samples, the split has {samples}")
-    prefix = "ema_" if ema else ""
+    prefix = f"{variant + '_' if variant else ''}{'ema_' if ema else ''}"
     results = {f"{prefix}top1": top1 / seen, f"{prefix}loss": float(total) / seen}
     if classes > 5:
         results[f"{prefix}top5"] = top5 / seen

@@ -54,14 +54,20 @@ def head_rows(init: InitConfig, config: LoadedConfig, classes: Sequence[str]) ->
     """Row of the weights' head for every class of the model, -1 = a new one.
 
     Raises:
-        ConfigError: a label set is unknown, the model's classes are not known or are of another number, or classes
-            have no row.
+        ConfigError: a label set is unknown, the model's classes are not known, are of another number or in another
+            order, or classes have no row.
     """
     assert init.labels is not None  # the configuration asks for it
     source = label_set(init.labels, f"{KEY}.labels")
     labels, num_classes = config.efftrain.data.labels, config.efftrain.model.num_classes
     if init.target is not None:
         target = label_set(init.target, f"{KEY}.target")
+        if classes and target.synsets != tuple(classes):
+            raise ConfigError(
+                f"{KEY}.target: {target.name} is not the order of the training data's classes ({', '.join(classes[:3])}"
+                f"{', ...' if len(classes) > 3 else ''}); leave it out, or bring the data into its order with "
+                "efftrain.data.labels"
+            )
         name, classes = target.name, target.synsets
     elif labels is not None:
         name, classes = labels.target, label_set(labels.target, "efftrain.data.labels.target").synsets

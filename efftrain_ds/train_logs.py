@@ -26,7 +26,10 @@ from .observe.wandb import Boards, WandB
 
 _logger = logging.getLogger(__name__)
 
-_SHOWN = ("rebuild", "growth", "growth_search", "unfreeze_search", "mask_update", "unit_update", "units_removed", "nonfinite")
+_SHOWN = (
+    *("rebuild", "growth", "growth_search", "unfreeze_search"),
+    *("mask_update", "unit_update", "units_removed", "attention_update", "nonfinite"),
+)
 """Events of the journal that TensorBoard shows as text."""
 
 

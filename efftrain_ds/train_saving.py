@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from .checkpoint import store
+from .checkpoint.survey import FOLDER
 from .config.loader import LoadedConfig
 from .core.durations import parse_duration
 from .core.errors import CheckpointError
@@ -34,6 +35,18 @@ def due(schedule: Schedule, text: str | None, step: int) -> bool:
     """True where a multiple of the interval ends at `step` (wall-clock units are not for this)."""
     every = steps_of(schedule, text) if text is not None else None
     return every is not None and step % max(every, 1) == 0
+
+
+def checkpoint_of(config: LoadedConfig) -> Path | None:
+    """The checkpoint that a resume takes, the newest one that verifies; rank 0 decides for all. Collective.
+
+    None where there is none or the configuration forbids it.
+
+    Raises:
+        CheckpointError: there are checkpoints and none of them can be used.
+    """
+    section = config.efftrain
+    return store.find(Path(section.run.output) / FOLDER) if section.checkpoint.resume else None
 
 
 class Saver:
@@ -59,7 +72,7 @@ class Saver:
     ):
         self.engine, self.config, self.schedule = engine, config, schedule
         self.settings = config.efftrain.checkpoint
-        self.folder = Path(config.efftrain.run.output) / "checkpoints"
+        self.folder = Path(config.efftrain.run.output) / FOLDER
         self._client, self._record, self._warn = client, record, warn
         self._last = time.monotonic()
         self.seconds: float | None = None
@@ -119,19 +132,15 @@ class Saver:
         self._warn(f"checkpoint not saved, the run goes on: {error}")
         self._record("checkpoint_failed", error=str(error))
 
-    def resume(self) -> tuple[Path, dict[str, Any], list[Change]] | None:
-        """Load the newest checkpoint that verifies; returns it, the loop's own state and what has changed since.
+    def resume(self, path: Path) -> tuple[dict[str, Any], list[Change]]:
+        """Load a checkpoint; returns the loop's own state and what has changed since. Collective.
 
-        None where there is none or the configuration forbids it. Collective.
+        Args:
+            path: what `checkpoint_of` has found.
 
         Raises:
-            CheckpointError: no checkpoint can be used, or the configuration changed in a way that it may not.
+            CheckpointError: it cannot be read, or the configuration changed in a way that it may not.
         """
-        if not self.settings.resume:
-            return None
-        path = store.find(self.folder)
-        if path is None:
-            return None
         found: tuple[dict[str, Any], list[Change]] | None = None
         problem = None
         try:
@@ -142,7 +151,7 @@ class Saver:
         assert found is not None
         client, changes = found
         self.engine.load_verified(path)
-        return path, client, changes
+        return client, changes
 
     def _compared(self, path: Path) -> tuple[dict[str, Any], list[Change]]:
         """The loop's own state in a checkpoint, and what is configured otherwise since; changes nothing."""

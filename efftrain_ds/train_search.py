@@ -124,7 +124,7 @@ class SearchTrainer(Trainer):
         run = config.efftrain.run
         run = run.model_copy(update={"output": str(Path(run.output) / "search")})
         observe = config.efftrain.observe.model_copy(update={"tensorboard": False, "images_every": None, "wandb": None})
-        checkpoint = config.efftrain.checkpoint.model_copy(update={"on_signal": False})  # there is nothing to save
+        checkpoint = config.efftrain.checkpoint.model_copy(update={"on_signal": False, "resume": False})
         changed = config.efftrain.model_copy(update={"run": run, "observe": observe, "checkpoint": checkpoint})
         super().__init__(replace(config, efftrain=changed), cut=only_searches)
         self.found: list[dict[str, float | int | None]] = []
@@ -138,9 +138,6 @@ class SearchTrainer(Trainer):
         """
         self.run()
         return self.found
-
-    def _resume(self) -> str | None:
-        return None
 
     def _save(self, *, required: bool = False) -> None:
         return None

@@ -10,7 +10,9 @@ import os
 import random
 import resource
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,7 @@ from deepspeed.accelerator import get_accelerator
 from .config.loader import LoadedConfig, build_methods
 from .core.batch import Batch
 from .core.durations import parse_duration
+from .core.errors import ConfigError, ModelError
 from .core.ranks import local_world
 from .core.rng import derive_seed
 from .core.timeline import Schedule
@@ -31,14 +34,18 @@ from .cost.plan import PricedPlan, PricedStage
 from .cost.throughput import Throughput, load_throughput, machine_name, profile_key
 from .data.augment import DeviceAugment
 from .data.evaluation import EvalLoader
-from .data.loader import TicketSpec, TrainLoader
+from .data.loader import TrainLoader
 from .data.manifest import Manifest
 from .data.remote import open_data
+from .data.replay import ReplayFeed, fresh_spec, make_training_feed
 from .engine import EfficientEngine
 from .lr_schedule import ProgressLR
-from .models.adapters import create_model, no_weight_decay_groups
-from .planning import make_plan, precision_of, zero_stage_of
+from .models.adapters import accepts_sizes, create_model
+from .models.weights import Loaded
+from .planning import make_plan, precision_of, with_labels, zero_stage_of
 from .startup import initialize
+from .train_init import initial_weights, parameter_groups
+from .train_saving import checkpoint_of
 
 logger = logging.getLogger(__name__)
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -49,6 +56,7 @@ class Run:
     """The parts of a run.
 
     `probe_batches` makes the fixed training samples that methods measure candidates on, see `Context.probe_batches`.
+    `checkpoint` is the one to go on from; the model then has no weights of ``model.init``.
     """
 
     config: LoadedConfig
@@ -62,12 +70,14 @@ class Run:
     augment: DeviceAugment
     train_manifest: Manifest
     val_manifest: Manifest | None
-    loader: TrainLoader
+    loader: TrainLoader | ReplayFeed
     val_loader: EvalLoader | None
     num_classes: int
     precision: str
     probe_batches: Callable[[int], list[Batch]]
     throughput: Throughput | None = None
+    init: Loaded | None = None
+    checkpoint: Path | None = None
 
 
 def start_processes(config: LoadedConfig) -> tuple[int, int, torch.device]:
@@ -86,8 +96,27 @@ def start_processes(config: LoadedConfig) -> tuple[int, int, torch.device]:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world()))
     else:
         accelerator.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    deepspeed.init_distributed(accelerator.communication_backend_name(), verbose=False)
+    with _telling_while_waiting():
+        deepspeed.init_distributed(accelerator.communication_backend_name(), verbose=False)
     return dist.get_rank(), dist.get_world_size(), torch.device(accelerator.current_device_name())
+
+
+@contextmanager
+def _telling_while_waiting(seconds: float = 60) -> Iterator[None]:
+    """Say every so often that this rank waits for the others to join: a node that never starts says nothing itself."""
+    joined = threading.Event()
+    own, world, port = (os.environ.get(name, "?") for name in ("RANK", "WORLD_SIZE", "MASTER_PORT"))
+    where = f"{os.environ.get('MASTER_ADDR', '?')}:{port}"
+
+    def tell() -> None:
+        while not joined.wait(seconds):
+            logger.warning("rank %s waits for all %s ranks to join at %s; is every node running?", own, world, where)
+
+    threading.Thread(target=tell, name="join-watch", daemon=True).start()
+    try:
+        yield
+    finally:
+        joined.set()
 
 
 def _free_port() -> int:
@@ -109,16 +138,16 @@ def shortened(plan: PricedPlan, steps: int) -> PricedPlan:
     """`steps` steps of every different kind of stage, for measuring how long a step takes.
 
     A round of half as many goes before it: caches fill and code warms up there, and of two stretches of the same kind
-    the longer one is taken for the profile. A model that grows cannot go back for a second round, so there each kind
-    is warmed up just before it is measured, the shallowest first. Nothing is searched while measuring: the "search"
-    setting is left out.
+    the longer one is taken for the profile. A model that grows, or gives up units, cannot go back for a second round,
+    so there each kind is warmed up just before it is measured, the shallowest first. Nothing is searched while
+    measuring: the "search" setting is left out.
     """
     kinds: dict[tuple, PricedStage] = {}
     for priced in plan.stages:
         kinds.setdefault(priced.work_key, priced)
-    depths = [priced.stage.settings.get("depth") for priced in kinds.values()]
+    one_way = {tuple(priced.stage.settings.get(key) for key in ("depth", "unit_level")) for priced in kinds.values()}
     warm = max(1, steps // 2)
-    if len(set(depths)) > 1:
+    if len(one_way) > 1:
         ordered = sorted(kinds.values(), key=lambda p: p.stage.settings.get("depth") or math.inf)
         parts = [part for priced in ordered for part in ((priced, warm), (priced, steps))]
     else:
@@ -168,32 +197,42 @@ def build(
     rank, world, device = start_processes(config)
     data = section.data
     remote = {"cache_dir": data.cache_dir, "cache_gb": data.cache_gb, "allow_pipe": data.allow_pipe}
-    train_manifest = open_data(data.train, **remote)
-    val_manifest = open_data(data.val, **remote) if data.val is not None else None
+    train_manifest = with_labels(open_data(data.train, **remote), data)
+    val_manifest = with_labels(open_data(data.val, **remote), data, held_out=True) if data.val is not None else None
     num_classes = section.model.num_classes or len(train_manifest.classes)
     methods = build_methods(config)
     profile = _profile(output / "throughput.json", config, world)
-    plan = make_plan(config, world=world, samples=train_manifest.samples, throughput=profile, methods=methods)
+    plan = make_plan(config, world=world, samples=train_manifest.kept, throughput=profile, methods=methods)
     whole = plan.schedule
+    if "scheduler" in config.deepspeed and any(stage.lr_scale != 1 for stage in whole.stages):
+        raise ConfigError(
+            "scheduler: DeepSpeed's learning rate does not follow the plan, which changes it with the batch; leave it "
+            "out, or leave the rate of efftrain.methods alone"
+        )
     if measure_steps is not None:
         plan = shortened(plan, measure_steps)
     elif cut is not None:
         plan = cut(plan)
     schedule = plan.schedule
+    other_size = (data.eval_resolution or data.resolution) != data.resolution
     torch.manual_seed(derive_seed(section.run.seed, "model"))
     model = create_model(
         section.model.name,
         resolution=section.data.resolution,
         num_classes=num_classes,
         drop_path=section.model.drop_path,
-        dynamic=any(m.changes_inputs for m in methods),
+        dynamic=other_size or any(m.changes_inputs for m in methods),
         pretrained=section.model.pretrained,
         **section.model.kwargs,
     )
-    decay = (config.deepspeed.get("optimizer") or {}).get("params", {}).get("weight_decay", 0.0)
+    if other_size and not (answer := accepts_sizes(model))[0]:
+        raise ModelError(f"efftrain.data.eval_resolution: {answer[1]}")
+    checkpoint = checkpoint_of(config) if measure_steps is None else None
+    # what the run once started from may be gone, and a checkpoint replaces every value of it
+    init = initial_weights(model, config, train_manifest.classes) if checkpoint is None else None
     engine, *_ = initialize(
         model=model,
-        model_parameters=no_weight_decay_groups(model, decay),
+        model_parameters=parameter_groups(model, config),
         lr_scheduler=None if "scheduler" in config.deepspeed else _scheduler_factory(config, schedule, whole),
         config=config,
         schedule=schedule,
@@ -212,6 +251,8 @@ def build(
         config, output, train_manifest, val_manifest, schedule, rank, world, num_classes
     )
     augment.dtype = _DTYPES[precision]
+    where = device if data.replay_memory == "device" else "cpu"
+    feed = make_training_feed(loader, schedule, device=where, record=record)
     return Run(
         config,
         output,
@@ -224,12 +265,14 @@ def build(
         augment,
         train_manifest,
         val_manifest,
-        loader,
+        feed,
         val_loader,
         num_classes,
         precision,
         probe_source(config, train_manifest, rank, world, schedule.spec.micro_batch, num_classes),
         profile,
+        init,
+        checkpoint,
     )
 
 
@@ -238,7 +281,9 @@ def _scheduler_factory(config: LoadedConfig, schedule: Schedule, whole: Schedule
     optim, duration = config.efftrain.optim, parse_duration(config.efftrain.optim.warmup)
     spec = whole.spec
     per_epoch = spec.samples / spec.batch if spec.samples else whole.total_steps
-    steps = duration.steps(per_epoch, whole.total_steps) or 0
+    steps: float = duration.steps(per_epoch, whole.total_steps) or 0
+    if duration.unit == "ep" and spec.samples and any(stage.batch != spec.batch for stage in whole.stages):
+        steps = whole.step_at(duration.value * spec.samples)
     warmup = duration.value / 100 if duration.unit == "%" else whole.progress(steps)
 
     def make(optimizer: Any) -> ProgressLR:
@@ -271,18 +316,12 @@ def _data(
         std=data.std,
     )
 
-    def spec_at(consumed: int) -> TicketSpec | None:
-        if consumed >= schedule.total_samples:
-            return None
-        stage = schedule.stage_at(schedule.step_of(consumed))
-        return TicketSpec(stage.batch, stage.micro_batch)
-
     loader = TrainLoader(
         train,
         seed=seed,
         rank=rank,
         world=world,
-        spec_at=spec_at,
+        spec_at=lambda consumed: fresh_spec(schedule, consumed),
         resolution=data.resolution,
         workers=data.workers,
         prefetch=data.prefetch,
@@ -305,7 +344,7 @@ def _data(
             rank=rank,
             world=world,
             batch=batch,
-            resolution=data.resolution,
+            resolution=data.eval_resolution or data.resolution,
             crop=data.eval_crop,
             interpolation=data.interpolation,
             workers=min(data.workers, 2),

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from .core.timeline import Stage
 from .cost.plan import PricedPlan
 from .cost.render import total_lines
 from .data.augment import mixed_cross_entropy
+from .data.replay import ReplayFeed
 from .observe.console import (
     Console,
     RunState,
@@ -119,11 +122,12 @@ class Trainer:
         assert self.logs is not None
         self.logs.open(self.plan, step=self.engine.step_index, resumed=resumed, changes=self._changes)
         self._show_start(resumed)
+        self._tell_init(resumed)
         self.engine.train()
         self.chrono.switch("train")
         if self._evaluation_due:  # the run before was stopped at it
             self._evaluate()
-        batches: Iterator[Batch] = iter(self.run_parts.loader)
+        batches = self._batches()
         while self.engine.step_index < self.schedule.total_steps:
             self._train_step(batches)
         if self.measuring:
@@ -133,6 +137,14 @@ class Trainer:
             self._evaluate()
         self._finish()
         return self.results
+
+    def _batches(self) -> Iterator[Batch]:
+        """The micro-batches from here on; after a resume this reads again what a replay buffer held."""
+        loader, step = self.run_parts.loader, self.engine.step_index
+        if isinstance(loader, ReplayFeed):
+            loader.tick = lambda: self.guard.watchdog.beat("data", step) if self.guard.watchdog is not None else None
+        with self.chrono.during("refill"), self.guard.phase("data"):
+            return iter(loader)
 
     def _train_step(self, batches: Iterator[Batch]) -> None:
         run, engine = self.run_parts, self.engine
@@ -160,12 +172,13 @@ class Trainer:
                 batch = run.augment.before(batch, magnitude)
                 batch = engine.prepare_batch(batch)
                 batch = run.augment.after(batch, step, index, stage.settings.get("erasing"))
-                logits = engine(batch.images)
-                loss = engine.loss(logits.float(), batch, lambda out, b: self._loss(out, b, denominator))
-                engine.backward(loss)
-                loss_sum += loss.detach() / stage.accumulation
-                if index + 1 < len(micro):
-                    engine.step()
+                for number in engine.each_pass():
+                    logits = engine(batch.images)
+                    loss = engine.loss(logits.float(), batch, lambda out, b: self._loss(out, b, denominator))
+                    engine.backward(loss)
+                    loss_sum += loss.detach() / (stage.accumulation * engine.passes**2)  # the mean of the passes
+                    if (index + 1, number + 1) != (len(micro), engine.passes):
+                        engine.step()
                 if shown is not None:
                     self._show_picture(shown, batch, step)
         faults.point("step.before_update")
@@ -177,6 +190,8 @@ class Trainer:
             self._loss_steps += 1
         run.loader.commit(stage.batch)
         self.meter.end(stage.index, stage.batch // run.world)
+        if picture_due and self.logs is not None:
+            self.logs.pictures(engine.methods, engine.context, step)
         self._after_step(step + 1, stage)
 
     def _loss(self, logits: torch.Tensor, batch: Batch, denominator: torch.Tensor) -> torch.Tensor:
@@ -216,10 +231,10 @@ class Trainer:
         return self._due(text, step) and self.schedule.total_steps - step >= (steps_of(self.schedule, text) or 0) // 2
 
     def _resume(self) -> str | None:
-        found = None if self.measuring else self.saver.resume()
-        if found is None:
+        path = self.run_parts.checkpoint
+        if path is None:
             return None
-        path, client, changes = found
+        client, changes = self.saver.resume(path)
         self.run_parts.loader.load_state_dict(client["data"])
         self.meter.load_state_dict(client["meter"])
         self.chrono.load_state_dict(client["chrono"])
@@ -278,12 +293,17 @@ class Trainer:
                 self.engine,
                 run.val_loader,
                 lambda b: run.augment.evaluate(b.to(run.device)),
-                run.val_manifest.samples,
+                run.val_manifest.kept,
             )
-            results = evaluate(*args, stop=self.guard.poll)
-            if results is not None and self.engine.ema is not None:
-                average = evaluate(*args, ema=True, stop=self.guard.poll)
-                results = results | average if average is not None else None
+            results: dict[str, float] | None = {}
+            kinds = [False] if self.engine.ema is None else [False, True]
+            variants = [None, *(name for method in self.engine.methods for name in method.variants)]
+            for variant, ema in itertools.product(variants, kinds):
+                found = evaluate(*args, ema=ema, variant=variant, stop=self.guard.poll)
+                if found is None or results is None:
+                    results = None
+                    break
+                results |= found
         if results is None:
             self._stop()
         for name, value in results.items():
@@ -292,7 +312,7 @@ class Trainer:
         self.results = results
         self._evaluation_due = False
         step, seconds = self.engine.step_index, time.monotonic() - start
-        self.console.write(eval_line(step, results, samples=run.val_manifest.samples, seconds=seconds, best=self.best))
+        self.console.write(eval_line(step, results, samples=run.val_manifest.kept, seconds=seconds, best=self.best))
         self._record("eval", step=step, **results)
         if self.logs is not None:
             self.logs.scalars({f"eval/{name}": value for name, value in results.items()}, step)
@@ -339,14 +359,22 @@ class Trainer:
             methods=self.plan.methods,
             plan=total_lines(self.plan),
             data=data.train,
-            samples=run.train_manifest.samples,
-            val_samples=run.val_manifest.samples if run.val_manifest is not None else None,
+            samples=run.train_manifest.kept,
+            val_samples=run.val_manifest.kept if run.val_manifest is not None else None,
             output=str(self.output),
             tensorboard=command,
         )
         self.console.write(start_block(info))
         for change in self._changes:
             self.console.write(f"changed since the checkpoint  {change}")
+
+    def _tell_init(self, resumed: str | None) -> None:
+        """What the run started from, on screen and in the journal; after a resume it has no effect any more."""
+        init = self.run_parts.init
+        if init is None or resumed is not None or self.measuring:
+            return
+        self.console.write(f"weights  {init.text()}")
+        self._record("init", **asdict(init))
 
     def _label(self, stage: Stage) -> str:
         return " ".join(word for word in (m.describe(stage) for m in self.engine.methods) if word)
@@ -369,7 +397,7 @@ class Trainer:
         self.plan = make_plan(
             self.config,
             world=self.run_parts.world,
-            samples=self.run_parts.train_manifest.samples,
+            samples=self.run_parts.train_manifest.kept,
             throughput=self.run_parts.throughput,
             methods=self.engine.methods,
         )
@@ -433,7 +461,13 @@ class Trainer:
             cost_done=state.cost_done,
             skipped_steps=self.engine.skipped_steps,
             bad_samples=sum(run.loader.bad_samples.values()),
+            **{tag.removeprefix("data/"): value for tag, value in self._replay_scalars(state).items()},
         )
+
+    def _replay_scalars(self, state: RunState) -> dict[str, float]:
+        """Counts of loaded and replayed samples, where there is replay."""
+        loader = self.run_parts.loader
+        return loader.scalars(state.step, state.images_per_s) if isinstance(loader, ReplayFeed) else {}
 
     def _scalars(self, state: RunState, done: int) -> None:
         values = {
@@ -455,6 +489,7 @@ class Trainer:
             "cost/predicted_s": self.plan.seconds,
         }
         values |= {tag: value for tag, value in optional.items() if value is not None}
+        values |= self._replay_scalars(state)
         for method in self.engine.methods:
             values |= method.scalars(self.engine.context)
         if self.logs is not None:

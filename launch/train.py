@@ -2,7 +2,7 @@
 
 On one machine:    deepspeed launch/train.py --ds_config ds_configs/X.json
 On many nodes:     deepspeed --hostfile hostfile launch/train.py --ds_config ds_configs/X.json
-A search alone:    deepspeed launch/train.py --ds_config ds_configs/X.json --search growth
+A search alone:    deepspeed launch/train.py --ds_config ds_configs/X.json --search growth (or subnet)
 """
 
 from __future__ import annotations
@@ -56,9 +56,14 @@ def main() -> int:
 
         config = load_config(arguments.ds_config, overrides=arguments.overrides, world=world)
         if arguments.search is not None:
-            from efftrain_ds.train_search import run_search
+            if arguments.search == "subnet":
+                from efftrain_ds.train_subnet import run_subnet_search
 
-            run_search(config, arguments.search_output)
+                run_subnet_search(config, arguments.search_output)
+            else:
+                from efftrain_ds.train_search import run_search
+
+                run_search(config, arguments.search_output)
         else:
             from efftrain_ds.trainer import Trainer
 

@@ -20,7 +20,9 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
         "before they are put in place. Needs neither DeepSpeed's engine nor a device.",
     )
     parser.add_argument(
-        "path", metavar="CHECKPOINT", help="a checkpoint, a folder of checkpoints, or a run's output folder"
+        "path",
+        metavar="CHECKPOINT",
+        help="a checkpoint, a folder of checkpoints, a run's output folder, or a subnet.safetensors of a search",
     )
     parser.add_argument("--output", required=True, metavar="DIR", help="folder for the files")
     parser.add_argument("--ema", action="store_true", help="export the average of the weights")
@@ -49,6 +51,8 @@ def run(args: argparse.Namespace) -> int:
         ModelError: not expressible as ONNX, or as a compact model.
         ConfigError: a package is missing, or the configuration cannot be read.
     """
+    if args.path.endswith(".safetensors"):
+        return _subnet(args)
     from dataclasses import asdict
 
     from ..export.write import export_checkpoint
@@ -65,6 +69,25 @@ def run(args: argparse.Namespace) -> int:
         config = found
     result = export_checkpoint(args.path, args.output, average=args.ema, formats=args.formats, config=config)
     print(json.dumps(asdict(result), indent=1) if args.json else "\n".join(_lines(result)))
+    return 0
+
+
+def _subnet(args: argparse.Namespace) -> int:
+    """Export a searched sub-network."""
+    from ..export.subnet import export_subnet
+
+    formats = ["onnx"] if args.formats == ["hub"] else args.formats
+    result = export_subnet(args.path, args.output, formats)
+    if args.json:
+        print(json.dumps(result, indent=1))
+        return 0
+    from ..core.text import bytes_text
+    from .screen import facts
+
+    rows = [("sub-network", f"{result['subnet']}, {result['macs']:,} MACs, {result['parameters']:,} parameters")]
+    rows += [("written", f"{args.output}/{name}  {bytes_text(size)}") for name, size in result["files"].items()]
+    rows += [("checked", f"{what}: largest difference {value:.1g}") for what, value in result["checks"].items()]
+    print("\n".join(facts(rows)))
     return 0
 
 

@@ -7,14 +7,14 @@ from typing import Any
 
 from .args import add_set_argument
 
-SEARCHES = ("growth",)
+SEARCHES = ("growth", "subnet")
 """What can be searched."""
 
 
 def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     """Add the verb to the command's subparsers."""
     parser = subparsers.add_parser("search", help="run a method's search alone and print what it chose")
-    verbs = parser.add_subparsers(dest="search_verb", required=True, metavar="growth")
+    verbs = parser.add_subparsers(dest="search_verb", required=True, metavar="growth|subnet")
     growth = verbs.add_parser(
         "growth",
         help="AutoProg's growth schedule",
@@ -26,17 +26,29 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     add_set_argument(growth)
     add_output_argument(growth, "--output")
     growth.set_defaults(func=run)
+    subnet = verbs.add_parser(
+        "subnet",
+        help="the best sub-network of a trained supernet within a budget",
+        description="Search the supernet of the run's newest checkpoint, in one process, for the best sub-network "
+        "within efftrain.methods.elasticvit.search, and write it with its weights. On several ranks: "
+        "deepspeed launch/train.py --ds_config FILE --search subnet",
+    )
+    subnet.add_argument("file", metavar="FILE", help="DeepSpeed JSON with efftrain.methods.elasticvit.search")
+    add_set_argument(subnet)
+    subnet.add_argument(
+        "--checkpoint", metavar="DIR", help="checkpoint or run folder (default: the run's output folder)"
+    )
+    add_output_argument(subnet, "--output", "folder of the results (default: search in the run's output folder)")
+    subnet.set_defaults(func=run_subnet)
     return parser
 
 
-def add_output_argument(parser: argparse.ArgumentParser, name: str) -> None:
-    """Add where the schedule goes, as `search_output`."""
-    parser.add_argument(
-        name,
-        dest="search_output",
-        metavar="F",
-        help="JSON file of the schedule (default: search/growth.json in the run's output folder)",
-    )
+_GROWTH_OUTPUT = "JSON file of the schedule (default: search/growth.json in the run's output folder)"
+
+
+def add_output_argument(parser: argparse.ArgumentParser, name: str, text: str = _GROWTH_OUTPUT) -> None:
+    """Add where the result goes, as `search_output`."""
+    parser.add_argument(name, dest="search_output", metavar="F", help=text)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -52,4 +64,20 @@ def run(args: argparse.Namespace) -> int:
     config = load_config(args.file, overrides=args.overrides, world=1)
     check_searches(config)  # before any process group is there
     run_search(config, args.search_output)
+    return 0
+
+
+def run_subnet(args: argparse.Namespace) -> int:
+    """Search for a sub-network and write it.
+
+    Raises:
+        ConfigError: the configuration is wrong or has no limit (exit code 2).
+        CheckpointError: there is no checkpoint, or it is of another model.
+    """
+    from ..config.loader import load_config
+    from ..train_subnet import check_subnet_search, run_subnet_search
+
+    config = load_config(args.file, overrides=args.overrides, world=1)
+    check_subnet_search(config)
+    run_subnet_search(config, args.search_output, args.checkpoint)
     return 0

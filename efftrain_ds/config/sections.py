@@ -57,6 +57,35 @@ class EmaConfig(StrictModel):
     """Use min(decay, (1 + t) / (10 + t)) at step t, so that short runs have a useful average."""
 
 
+class InitConfig(StrictModel):
+    """Weights to start from, and what becomes of their head. A resume goes before it."""
+
+    weights: str = Field(min_length=1)
+    """A safetensors file with timm's names, a run folder or checkpoint of ours, or "timm:NAME" for timm's weights."""
+    average: bool | None = None
+    """Take the average of the weights of a checkpoint of ours; null takes it where there is one."""
+    head: Literal["same", "map", "new"] = "same"
+    """"same" takes the head as it is, "map" its rows by class, "new" leaves the head as it was drawn."""
+    labels: str | None = None
+    """With "map": label set of the weights' head, as in data.labels.target."""
+    target: str | None = None
+    """With "map": label set of this model; null takes data.labels.target, else the shards' class names."""
+    missing: Literal["error", "new"] = "error"
+    """With "map": "new" draws the rows of classes that the weights' head does not have."""
+    head_scale: float = Field(1.0, gt=0)
+    """With "new": factor on the drawn head, e.g. 0.001."""
+
+    @model_validator(mode="after")
+    def _together(self) -> InitConfig:
+        if (self.head == "map") != (self.labels is not None):
+            raise ValueError('head "map" and labels belong together: labels names the classes of the weights\' head')
+        if self.head != "map" and (self.target is not None or self.missing != "error"):
+            raise ValueError('target and missing have an effect with head "map" only')
+        if self.head != "new" and self.head_scale != 1.0:
+            raise ValueError('head_scale has an effect with head "new" only')
+        return self
+
+
 class ModelConfig(StrictModel):
     """A timm classification model (used by launch/train.py; ignored in embedded use, except `ema`)."""
 
@@ -65,13 +94,24 @@ class ModelConfig(StrictModel):
     num_classes: int | None = Field(None, gt=0)
     """Number of classes; null takes the data set's."""
     pretrained: bool = False
-    """Start from timm's weights."""
+    """Start from timm's weights; not together with `init`, see `init.weights`."""
+    init: InitConfig | None = None
+    """Start from weights with another head or image size, see `InitConfig`; null = off."""
     drop_path: Fraction = 0.0
     """Stochastic depth rate of the last block."""
     kwargs: dict[str, Any] = {}
     """Further keyword arguments of timm.create_model."""
     ema: EmaConfig | None = None
     """Keep an average of the weights and evaluate it too; null = off."""
+
+    @model_validator(mode="after")
+    def _one_start(self) -> ModelConfig:
+        if self.pretrained and self.init is not None:
+            name = self.name or "NAME"
+            raise ValueError(
+                f'pretrained and init do not go together; init.weights = "timm:{name}" starts from timm\'s weights'
+            )
+        return self
 
 
 class RandAugmentConfig(StrictModel):
@@ -87,6 +127,21 @@ class RandAugmentConfig(StrictModel):
     """Probability that a chosen operation is applied."""
 
 
+class LabelsConfig(StrictModel):
+    """Train with the classes of a label set; classes are found by name (synset), never by position."""
+
+    target: str
+    """imagenet-1k, -12k, -22k, -21k-goog, -22k-ms, -21k-miil or -21k-miil-w21, or a text file with a class a line."""
+    source: str | None = None
+    """Label set of the indices in the training shards; null takes the class names of their manifest."""
+    val_source: str | None = None
+    """Same for the held-out split."""
+    missing: Literal["error", "drop"] = "error"
+    """"drop" leaves out samples of classes that the target does not have, before training."""
+    val_missing: Literal["error", "drop"] | None = None
+    """Same for the held-out split; null = as `missing`."""
+
+
 class DataConfig(StrictModel):
     """Shards and what is done to a sample."""
 
@@ -96,15 +151,19 @@ class DataConfig(StrictModel):
     val: str | None = None
     """Same for the held-out split; null = no evaluation."""
     samples: int | None = Field(None, gt=0)
-    """Training samples, needed to plan where the shards are not at hand; checked against the manifest."""
+    """Training samples, needed to plan where the shards are not at hand; checked against the manifest and `labels`."""
     cache_dir: str | None = None
     """Folder of this node for copies of remote shards; null = "remote" in $EFFTRAIN_CACHE, else in "shards"."""
     cache_gb: float = Field(200.0, gt=0)
     """Size of all copies in GB (10^9 bytes); the least recently used go first."""
     allow_pipe: bool = False
     """Let "pipe:" run its command, with a shell, on every node."""
+    labels: LabelsConfig | None = None
+    """Map the shards' classes to those of a label set; null = the shards' own."""
     resolution: int = Field(224, gt=0)
     """Side of the training images in pixels at full cost."""
+    eval_resolution: int | None = Field(None, gt=0)
+    """Side of the evaluation images in pixels; null = resolution."""
     stride: int | None = Field(None, gt=0)
     """Total stride of your own model in pixels (embedded use); null asks the model, as timm's models can tell."""
     workers: int = Field(4, ge=0)
@@ -117,6 +176,8 @@ class DataConfig(StrictModel):
     """Samples shuffled together inside a stream."""
     decoded_cache_mb: int = Field(0, ge=0)
     """Memory of each worker for decoded images (useful for small data sets); 0 = off."""
+    replay_memory: Literal["host", "device"] = "host"
+    """Where the buffer of replayed samples lies, if a method asks for one."""
     scale: tuple[float, float] = (0.08, 1.0)
     """Area range of RandomResizedCrop."""
     ratio: tuple[float, float] = (0.75, 1.3333333333333333)
@@ -149,6 +210,15 @@ class DataConfig(StrictModel):
     """Share of unreadable training samples at which the run stops (below it they are counted and left out)."""
 
 
+class LayerDecayConfig(StrictModel):
+    """Learning rates that fall from the head to the stem, for fine-tuning."""
+
+    rate: float = Field(gt=0, le=1)
+    """Rate of a layer as a share of the next one's."""
+    groups: int | None = Field(None, gt=0)
+    """Merge the blocks into so many layers of equal length; null makes a layer of each block."""
+
+
 class OptimConfig(StrictModel):
     """Learning-rate schedule over progress, and the loss. The optimizer itself stands in DeepSpeed's section."""
 
@@ -158,6 +228,8 @@ class OptimConfig(StrictModel):
     """Linear warm-up from 0: "20ep", "500st" or "5%" of the budget."""
     min_lr: float = Field(1e-6, ge=0)
     """Learning rate at the end."""
+    layer_decay: LayerDecayConfig | None = None
+    """Smaller rates for lower layers, each a share of the one above it (min_lr too); null = off."""
     label_smoothing: Fraction = 0.1
     """Label smoothing of the cross-entropy."""
 
@@ -198,7 +270,7 @@ class ObserveConfig(StrictModel):
     log_every: int = Field(50, gt=0)
     """Optimizer steps between two run lines."""
     images_every: StepText | None = "25%"
-    """Interval of the pictures of the batch as the network sees it; null = off."""
+    """Interval of the pictures of the batch as the network sees it and of the methods' state; null = off."""
     eval_every: StepText = "10%"
     """Interval of the evaluations (one always follows the last step)."""
 

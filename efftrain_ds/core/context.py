@@ -39,6 +39,7 @@ class Context:
             ``probe_batches(total over all ranks)``; None without a trainer. Host batches of uint8 images with the
             evaluation's resize and crop, in micro-batches, equal at every call and equally many on every rank;
             rows beyond the end have ``valid=False``.
+        variant: which of `Method.variants` an evaluation is of; None for the main one and outside of evaluations.
     """
 
     engine: Any
@@ -52,6 +53,7 @@ class Context:
     record: Callable[..., None] = _no_record
     say: Callable[[str | list[str]], None] = _say_nothing
     probe_batches: Callable[[int], list[Batch]] | None = None
+    variant: str | None = None
 
     @property
     def settings(self) -> Mapping[str, Any]:

@@ -151,9 +151,14 @@ class Method:
     def on_step_end(self, ctx: Context, applied: bool) -> None:
         """Called after the step; `applied` is False when the optimizer skipped it (overflow)."""
 
+    @property
+    def variants(self) -> tuple[str, ...]:
+        """What is evaluated beside the main one, e.g. further sub-networks; `on_eval` finds it in the context."""
+        return ()
+
     @contextmanager
     def on_eval(self, ctx: Context) -> Iterator[None]:
-        """Entered around an evaluation."""
+        """Entered around an evaluation, with the weights that are evaluated in place (see also `Context.variant`)."""
         yield
 
     def state_dict(self) -> dict[str, Any]:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-_SHORT = {"bandwidth": "B", "ra_magnitude": "m", "resolution": "R", "depth": "d", "unfrozen": "u"}
-_HIDDEN = frozenset({"drop_path", "erasing", "growth"})  # follow from the stage and would only fill the line
+_SHORT = {"bandwidth": "B", "ra_magnitude": "m", "resolution": "R", "depth": "d", "unfrozen": "u", "replay": "x"}
+# follow from the stage and would only fill the line
+_HIDDEN = frozenset({"drop_path", "erasing", "growth", "replay_steps"})
 
 
 def short_settings(settings: Mapping[str, Any], *, leave: Collection[str] = ()) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from .errors import PlanError
@@ -36,6 +36,10 @@ class PlanSpec:
         drop_path: configured stochastic depth rate of the last block.
         magnitude: configured RandAugment magnitude; None where RandAugment is off or the user's loop augments.
         erasing: configured probability of random erasing; None where the user's loop augments.
+        width: of the blocks (0 where it is not known).
+        prefix: tokens that are not patches.
+        space: search space where the model is a supernet, else None.
+        eval_resolution: side in pixels of evaluation images; 0 where the user's loop evaluates.
     """
 
     seed: int
@@ -52,6 +56,10 @@ class PlanSpec:
     drop_path: float = 0.0
     magnitude: float | None = None
     erasing: float | None = None
+    width: int = 0
+    prefix: int = 1
+    space: Any = None
+    eval_resolution: int = 0
 
 
 @dataclass(frozen=True)
@@ -64,6 +72,9 @@ class Segment:
         settings: plain values by name (see the vocabulary in docs/design.md), e.g. ``{"bandwidth": 160}``.
         pace: relative per-sample cost used for pacing (1 = baseline).
         micro_scale: the micro-batch may grow by this factor (memory per sample falls by it).
+        batch_scale: the global batch is this whole multiple of the run's; the number of steps falls with it.
+        lr_scale: factor on the peak learning rate.
+        lr_ramp: progress over which the learning rate goes from the segment before's factor to `lr_scale`.
     """
 
     start: float
@@ -71,6 +82,9 @@ class Segment:
     settings: Mapping[str, Any] = field(default_factory=dict)
     pace: float = 1.0
     micro_scale: float = 1.0
+    batch_scale: int = 1
+    lr_scale: float = 1.0
+    lr_ramp: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -113,6 +127,8 @@ class Stage:
         batch: global batch in samples.
         micro_batch: samples of one rank in one forward.
         accumulation: micro-batches of one optimizer step.
+        lr_scale: factor on the peak learning rate.
+        lr_ramp: progress over which the factor goes there from what it was before.
     """
 
     index: int
@@ -125,6 +141,8 @@ class Stage:
     batch: int
     micro_batch: int
     accumulation: int
+    lr_scale: float = 1.0
+    lr_ramp: float = 0.0
 
     @property
     def steps(self) -> int:
@@ -162,34 +180,38 @@ class Schedule:
             return stage.p_end
         return stage.p_start + (stage.p_end - stage.p_start) * (step - stage.start_step) / stage.steps
 
+    def lr_scale(self, p: float) -> float:
+        """Factor on the peak learning rate at progress `p`: piecewise linear, without jumps where stages have ramps."""
+        value = self.stages[0].lr_scale
+        for stage in self.stages[1:]:
+            if p < stage.p_start:
+                break
+            # a stage that is shorter than its ramp hands on what was reached
+            share = (min(p, stage.p_end) - stage.p_start) / stage.lr_ramp if stage.lr_ramp > 0 else 1.0
+            value += (stage.lr_scale - value) * min(share, 1.0)
+        return value
+
     def consumed(self, step: int) -> int:
         """Samples consumed before step `step`."""
         return sum((min(step, s.end_step) - s.start_step) * s.batch for s in self.stages if step > s.start_step)
 
-    def step_of(self, consumed: int) -> int:
-        """Optimizer step that starts after `consumed` samples.
-
-        Raises:
-            PlanError: `consumed` is not at a step boundary of this schedule.
-        """
-        left, step = consumed, 0
+    def step_at(self, samples: float) -> float:
+        """Optimizer steps that consume so many samples, a part of a step included; at most all of them."""
         for stage in self.stages:
-            if left < stage.steps * stage.batch or stage is self.stages[-1]:
-                if left % stage.batch:
-                    raise PlanError(f"{consumed} samples is not a step boundary of this schedule")
-                return step + left // stage.batch
-            left -= stage.steps * stage.batch
-            step = stage.end_step
-        raise AssertionError("unreachable")
+            if samples < stage.steps * stage.batch:
+                return stage.start_step + samples / stage.batch
+            samples -= stage.steps * stage.batch
+        return float(self.total_steps)
 
 
 def merge_timelines(timelines: Sequence[Timeline], spec: PlanSpec, *, max_micro_batch: int | None = None) -> Schedule:
     """Merge the methods' timelines into one schedule of optimizer steps.
 
     Stage edges are the union of all edges; settings are merged (two methods that set one name clash); paces multiply.
-    Step counts follow the budget: ``steps_i = w_i * epochs * samples / (batch * pace_i)`` with pacing "compute" and
+    Step counts follow the budget: ``steps_i = w_i * epochs * samples / (batch_i * pace_i)`` with pacing "compute" and
     without the pace otherwise (EfficientTrain++ code release 2024; rounding is carried over, so the total is exact to
-    one step). When `spec.steps` is set the same proportions are scaled to that total.
+    one step); ``batch_i`` is `spec.batch` times the segments' `batch_scale`. When `spec.steps` is set the same
+    proportions are scaled to that total.
 
     Args:
         timelines: one per active method, in run order; empty means one plain stage.
@@ -209,6 +231,7 @@ def merge_timelines(timelines: Sequence[Timeline], spec: PlanSpec, *, max_micro_
     for start, end in zip(edges, edges[1:], strict=False):
         settings: dict[str, Any] = {}
         pace = micro_scale = 1.0
+        batch, lr_scale, lr_ramp = spec.batch, 1.0, 0.0
         for timeline in timelines:
             segment = timeline.at(start)
             for key, value in segment.settings.items():
@@ -217,39 +240,46 @@ def merge_timelines(timelines: Sequence[Timeline], spec: PlanSpec, *, max_micro_
                 settings[key] = value
             pace *= segment.pace
             micro_scale *= segment.micro_scale
-        raw.append((start, end, settings, pace, micro_scale))
+            batch *= segment.batch_scale
+            lr_scale *= segment.lr_scale
+            lr_ramp = max(lr_ramp, segment.lr_ramp)
+        micro, accumulation = split_batch(spec, micro_scale, max_micro_batch, batch=batch)
+        raw.append(
+            Stage(0, 0, 0, start, end, settings, pace, batch, micro, accumulation, lr_scale=lr_scale, lr_ramp=lr_ramp)
+        )
 
-    divisor = [pace if pacing == "compute" else 1.0 for _, _, _, pace, _ in raw]
-    weights = [(end - start) / d for (start, end, *_), d in zip(raw, divisor, strict=True)]
+    divisor = [(s.pace if pacing == "compute" else 1.0) * (s.batch / spec.batch) for s in raw]
+    weights = [(s.p_end - s.p_start) / d for s, d in zip(raw, divisor, strict=True)]
     if spec.steps is not None:
         scale = spec.steps / sum(weights)
     else:
         scale = spec.epochs * spec.samples / spec.batch
     stages: list[Stage] = []
     exact, first = 0.0, 0
-    for (start, end, settings, pace, micro_scale), weight in zip(raw, weights, strict=True):
+    for stage, weight in zip(raw, weights, strict=True):
         exact += weight * scale
         last = round(exact)
         if last > first:
-            micro, accumulation = split_batch(spec, micro_scale, max_micro_batch)
-            stages.append(Stage(len(stages), first, last, start, end, settings, pace, spec.batch, micro, accumulation))
+            stages.append(replace(stage, index=len(stages), start_step=first, end_step=last))
         elif stages:  # too short for one step: its share of progress goes to the stage before
-            stages[-1] = Stage(**{**stages[-1].__dict__, "p_end": end})
+            stages[-1] = replace(stages[-1], p_end=stage.p_end)
         first = last
     if not stages:
         raise PlanError(
             f"the budget of {spec.epochs:g} epochs x {spec.samples} samples is below one step of {spec.batch} samples"
         )
     if stages[0].p_start > 0:
-        stages[0] = Stage(**{**stages[0].__dict__, "p_start": 0.0})
+        stages[0] = replace(stages[0], p_start=0.0)
     return Schedule(tuple(stages), spec, pacing)
 
 
-def split_batch(spec: PlanSpec, micro_scale: float = 1.0, max_micro_batch: int | None = None) -> tuple[int, int]:
+def split_batch(
+    spec: PlanSpec, micro_scale: float = 1.0, max_micro_batch: int | None = None, batch: int | None = None
+) -> tuple[int, int]:
     """Micro-batch and accumulation for a fixed global batch when memory allows `micro_scale` times more samples.
 
     The micro-batch is the largest divisor of ``batch / world`` that is at most ``micro_batch * micro_scale`` and
-    `max_micro_batch`, and never below `spec.micro_batch`.
+    `max_micro_batch`, and never below `spec.micro_batch`. `batch` is a multiple of `spec.batch`; None = that.
 
     Raises:
         PlanError: ``batch`` is not a multiple of ``world * micro_batch``.
@@ -259,7 +289,7 @@ def split_batch(spec: PlanSpec, micro_scale: float = 1.0, max_micro_batch: int |
             f"train_batch_size {spec.batch} is not a multiple of world {spec.world} x "
             f"train_micro_batch_size_per_gpu {spec.micro_batch}"
         )
-    local = spec.batch // spec.world
+    local = (spec.batch if batch is None else batch) // spec.world
     limit = int(spec.micro_batch * micro_scale + _EPS)
     if max_micro_batch is not None:
         limit = min(limit, max_micro_batch)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..core.errors import PlanError
+from ..core.replay import capacity, fresh_samples, loaded, total_loaded
 from ..core.timeline import Schedule, Stage
 from .macs import TRAINING_FACTOR
 from .memory import Memory, state_memory
@@ -19,7 +20,8 @@ class PricedStage:
 
     Attributes:
         stage: steps, settings and batch sizes.
-        epochs: passes over the data in this stage; None where the number of samples is unknown.
+        epochs: passes over the data in this stage (replayed samples do not count); None where the number of samples is
+            unknown.
         macs: forward MACs of one image.
         factor: cost of a training step over that of one in which every layer trains (below 1 where some are frozen).
         cost: training MACs of the stage, all ranks.
@@ -110,9 +112,15 @@ class PricedPlan:
 
     @property
     def data_epochs(self) -> float | None:
-        """Passes over the data of the whole run; None where the number of samples is unknown."""
+        """Passes over the data of the whole run, by samples loaded; None where the number of samples is unknown."""
         samples = self.schedule.spec.samples
-        return self.schedule.total_samples / samples if samples else None
+        return total_loaded(self.schedule) / samples if samples else None
+
+    @property
+    def replay_bytes(self) -> int:
+        """Pixels of the largest replay buffer of one rank; 0 where no stage replays."""
+        spec = self.schedule.spec
+        return max(capacity(stage, spec.world) for stage in self.schedule.stages) * 3 * spec.resolution**2
 
     @property
     def seconds(self) -> float | None:
@@ -127,7 +135,7 @@ class PricedPlan:
     def epoch_at(self, step: int) -> float | None:
         """Passes over the data before optimizer step `step`; None where the number of samples is unknown."""
         samples = self.schedule.spec.samples
-        return self.schedule.consumed(step) / samples if samples else None
+        return loaded(self.schedule, step) / samples if samples else None
 
     def cost_at(self, step: float) -> float:
         """Share of the run's cost that is done before optimizer step `step`, in [0, 1]."""
@@ -165,6 +173,8 @@ class PricedPlan:
             "methods": [{"name": name, "line": line} for name, line in self.methods],
             "total_steps": self.schedule.total_steps,
             "total_samples": self.schedule.total_samples,
+            "loaded_samples": total_loaded(self.schedule),
+            "replay_bytes": self.replay_bytes,
             "data_epochs": self.data_epochs,
             "full_macs": self.full_macs,
             "total_cost_macs": self.total_cost,
@@ -190,6 +200,8 @@ def _stage_dict(priced: PricedStage) -> dict[str, Any]:
         "batch": stage.batch,
         "micro_batch": stage.micro_batch,
         "accumulation": stage.accumulation,
+        "loaded_samples": fresh_samples(stage),
+        "lr_scale": stage.lr_scale,
         "macs": priced.macs,
         "cost_factor": priced.factor,
         "cost_macs": priced.cost,
@@ -278,6 +290,6 @@ def price(
             offload_optimizer=offload_optimizer,
             activations=bytes_,
         )
-        epochs = stage.steps * stage.batch / spec.samples if spec.samples else None
+        epochs = fresh_samples(stage) / spec.samples if spec.samples else None
         stages.append(PricedStage(stage, epochs, m, cost, cost / sum(costs), memory, prediction, factor))
     return PricedPlan(schedule, tuple(stages), model, params, precision, zero_stage, full_macs, tuple(methods), source)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from ..core.replay import total_loaded
 from ..core.text import align, bytes_text, duration_text, short_settings
 from .plan import PricedPlan, PricedStage, bandwidth_of
 
 WIDTH = 120
-_FREE = {"ra_magnitude"}  # settings that do not change the cost
+_FREE = {"ra_magnitude", "replay"}  # settings that do not change the cost
 LONGER_BASELINE = 1.5
 
 
@@ -54,11 +55,17 @@ def _time(stage: PricedStage) -> str:
 def total_lines(plan: PricedPlan) -> list[str]:
     """Totals of the plan against the dense baseline."""
     spec = plan.schedule.spec
+    batches = dict.fromkeys(f"{s.stage.batch:,}" for s in plan.stages)
+    passes = f" ({plan.data_epochs:.1f} passes over {spec.samples:,})" if plan.data_epochs is not None else ""
     lines = [
-        f"total      {plan.schedule.total_steps:,} steps of {spec.batch:,} images = "
-        f"{plan.schedule.total_samples:,} images"
-        + (f" ({plan.data_epochs:.1f} passes over {spec.samples:,})" if plan.data_epochs is not None else "")
+        f"total      {plan.schedule.total_steps:,} steps of {' / '.join(batches)} images = "
+        f"{plan.schedule.total_samples:,} images" + ("" if plan.replay_bytes else passes)
     ]
+    if plan.replay_bytes:
+        lines += [
+            f"replay     {total_loaded(plan.schedule):,} of them are loaded{passes}, the others are repeated",
+            f"           from a buffer of {bytes_text(plan.replay_bytes)} a rank",
+        ]
     cost = f"cost       {plan.total_cost / 1e15:.4g} PMACs"
     if plan.baseline_epochs is None:
         lines.append(f"{cost}, x{plan.relative:.2f} of as many steps at {spec.resolution} px")

@@ -47,8 +47,10 @@ class EvalSamples(Dataset):
         present = int((ids >= 0).sum())
         images[present:] = 0
         labels = np.full(len(ids), IGNORED_LABEL, dtype=np.int64)
-        for i, row in enumerate(self.reader.rows(ids[:present])):
-            shard, offset, size, label = row[:4]
+        table = self.reader.manifest.table[ids[:present]]
+        mapped = self.reader.manifest.labels_of(table).tolist()
+        for i, (row, label) in enumerate(zip(table.tolist(), mapped, strict=True)):
+            shard, offset, size = row[:3]
             try:
                 if not 0 <= label < self.num_classes:
                     raise ShardError(f"label {label} is not in 0..{self.num_classes - 1}")
@@ -71,7 +73,8 @@ class EvalLoader:
 
     Every rank makes ceil(N / (W * batch)) steps of `batch` rows, so that collectives and compiled shapes fit; missing
     rows have ``valid=False``, label -100 and id -1. The valid rows over all ranks are exactly the N samples. With
-    `limit` N is at most that, and sample i is row ``floor(i * rows / N)`` of the data set.
+    `limit` N is at most that, and sample i is row ``floor(i * rows / N)`` of the data set. Rows that a label map leaves
+    out do not count.
 
     Args:
         manifest: the data set; every shard's size is checked here.
@@ -109,8 +112,11 @@ class EvalLoader:
         if limit is not None and limit < 1:
             raise ValueError(f"EvalLoader: limit is at least 1, found {limit}")
         check_shards(manifest)
-        self.rows = manifest.samples
+        self.rows = manifest.kept
         self.samples = self.rows if limit is None else min(limit, self.rows)
+        left_out = manifest.left_out
+        self.kept = np.delete(np.arange(manifest.samples), left_out) if len(left_out) else None
+        """Rows that take part, None = all of them."""
         self.rank = rank
         self.world = world
         self.batch = batch
@@ -192,4 +198,5 @@ class _EvalRows:
         """Rows of one step, [batch] int64."""
         loader = self._loader
         ids = (step * loader.batch + np.arange(loader.batch, dtype=np.int64)) * loader.world + loader.rank
-        return np.where(ids < loader.samples, ids * loader.rows // loader.samples, -1)
+        rows = np.where(ids < loader.samples, ids * loader.rows // loader.samples, -1)
+        return rows if loader.kept is None else np.where(rows < 0, -1, loader.kept[rows])

@@ -177,7 +177,14 @@ def positions_of(classes: Sequence[str], where: LabelSet) -> np.ndarray:
 
 
 def make_map(
-    classes: Sequence[str], target: LabelSet, *, missing: str = "error", key: str = "label map", whose: str = "shards"
+    classes: Sequence[str],
+    target: LabelSet,
+    *,
+    missing: str = "error",
+    key: str = "label map",
+    whose: str = "shards",
+    source_key: str = "source",
+    missing_key: str = "missing",
 ) -> LabelMap:
     """The map from classes in the order of the shards' indices to a label set.
 
@@ -187,6 +194,8 @@ def make_map(
         missing: "error", or "drop" to leave classes out that the target does not have.
         key: configuration key, for messages.
         whose: what has the classes, for messages.
+        source_key: name under `key` of the label set of the indices, for messages.
+        missing_key: name under `key` of `missing`, for messages.
 
     Raises:
         ConfigError: a class is not in the target (with "error"), none is, or one is there twice.
@@ -194,12 +203,13 @@ def make_map(
     positions = positions_of(classes, target)
     absent = [name for name, position in zip(classes, positions.tolist(), strict=True) if position < 0]
     if len(absent) == len(classes):
-        hint = "" if any(_SYNSET.fullmatch(name) for name in classes) else "; is source the label set of the indices?"
+        synsets = any(_SYNSET.fullmatch(name) for name in classes)
+        hint = "" if synsets else f"; is {source_key} the label set of the indices?"
         raise ConfigError(f"{key}: no class of {whose} ({_few(classes)}) is in {target.name}{hint}")
     if absent and missing == "error":
         raise ConfigError(
             f"{key}: {len(absent)} of {len(classes)} classes of {whose} are not in {target.name} ({_few(absent)}); "
-            'missing = "drop" leaves their samples out'
+            f'{missing_key} = "drop" leaves their samples out'
         )
     present = positions[positions >= 0]
     if len(np.unique(present)) != len(present):
@@ -218,6 +228,8 @@ def apply_labels(
     source: str | None = None,
     missing: str = "error",
     key: str = "efftrain.data.labels",
+    source_key: str = "source",
+    missing_key: str = "missing",
 ) -> Manifest:
     """The same data set with the classes of a label set; its digest tells it apart.
 
@@ -227,6 +239,8 @@ def apply_labels(
         source: label set of the shards' indices; None takes the manifest's class names for synsets.
         missing: see `make_map`.
         key: configuration key, for messages.
+        source_key: name of `source` under `key`, for messages.
+        missing_key: name of `missing` under `key`, for messages.
 
     Raises:
         ConfigError: unknown label set, the counts of classes disagree, or classes are missing.
@@ -234,13 +248,23 @@ def apply_labels(
     goal = label_set(target, f"{key}.target")
     classes: Sequence[str] = manifest.classes
     if source is not None:
-        given = label_set(source, f"{key}.source")
+        given = label_set(source, f"{key}.{source_key}")
         if classes and len(classes) != len(given):
             raise ConfigError(
-                f"{key}.source: {given.name} has {len(given)} classes, {manifest.folder} has {len(classes)}"
+                f"{key}.{source_key}: {given.name} has {len(given)} classes, {manifest.folder} has {len(classes)}"
             )
         classes = given.synsets
     if not classes:
-        raise ConfigError(f"{key}.source: {manifest.folder} has no class names; say which label set its indices are of")
-    found = make_map(classes, goal, missing=missing, key=key, whose=str(manifest.folder))
+        raise ConfigError(
+            f"{key}.{source_key}: {manifest.folder} has no class names; say which label set its indices are of"
+        )
+    found = make_map(
+        classes,
+        goal,
+        missing=missing,
+        key=key,
+        whose=str(manifest.folder),
+        source_key=source_key,
+        missing_key=missing_key,
+    )
     return replace(manifest, classes=goal.synsets, labels=found)

@@ -44,14 +44,14 @@ class TicketSpec:
 
 
 class _TicketSampler:
-    """Issues the tickets of one rank from `loader.consumed` on."""
+    """Issues the tickets of one rank from the place where the loader's iteration begins."""
 
     def __init__(self, loader: TrainLoader):
         self._loader = loader
 
     def __iter__(self) -> Iterator[Ticket]:
         loader = self._loader
-        position = loader.consumed
+        position = loader.start
         while (spec := loader.spec_at(position)) is not None:
             for ticket in loader.tickets(position, spec):
                 if loader.feed is not None:
@@ -131,6 +131,8 @@ class TrainLoader:
         self.pin_memory = pin_memory
         self.consumed = 0
         """Samples (over all ranks) whose optimizer step is done."""
+        self.start = 0
+        """Place of the order where the current iteration began."""
         self._given_streams = streams
         self.order = self._make_order(streams if streams is not None else default_streams(world))
         self.quarantine = Quarantine(quarantine, max_bad_fraction, self.order.samples_per_epoch // world)
@@ -167,10 +169,22 @@ class TrainLoader:
             ShardError: too many bad samples.
             PlanError: a batch that does not divide by world x micro-batch.
         """
-        self._generation += 1
-        return self._iterate(self._generation)
+        return self.batches_from(None)
 
-    def _iterate(self, generation: int) -> Iterator[Batch]:
+    def batches_from(self, start: int | None) -> Iterator[Batch]:
+        """As `iter`, but from an earlier step boundary `start` on; None = `consumed`.
+
+        What lies before `consumed` is delivered again, with the same pixels; it is neither committed nor counted.
+
+        Raises:
+            ShardError: too many bad samples.
+            PlanError: a batch that does not divide by world x micro-batch.
+        """
+        self._generation += 1
+        return self._iterate(self._generation, start)
+
+    def _iterate(self, generation: int, start: int | None) -> Iterator[Batch]:
+        self.start = self.consumed if start is None else start
         if self._loader is None:
             # A generator of its own: the loader draws a seed for its workers, which must not move torch's global one.
             self._loader = DataLoader(
@@ -195,9 +209,10 @@ class TrainLoader:
             ticket = item.ticket
             if self.feed is not None:
                 self.feed.release()
-            self.quarantine.update(len(ticket.ids), item.bad, self.rank)
-            if ticket.step_samples:
-                self._steps.append(ticket.step_samples)
+            if ticket.positions[0] >= self.consumed:  # not one that is delivered again
+                self.quarantine.update(len(ticket.ids), item.bad, self.rank)
+                if ticket.step_samples:
+                    self._steps.append(ticket.step_samples)
             yield Batch(
                 images=item.images.pin_memory() if self.pin_memory else item.images,
                 labels=torch.from_numpy(item.labels),
@@ -322,6 +337,7 @@ class TrainLoader:
             seed=self.seed,
             streams=streams,
             shuffle_block=self.shuffle_block,
+            exclude=self.manifest.left_out,
         )
 
     def _check_shared_memory(self, micro_batch: int) -> None:

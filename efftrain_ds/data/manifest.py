@@ -13,15 +13,19 @@ import re
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from ..core.errors import ShardError
 
+if TYPE_CHECKING:
+    from .labels import LabelMap
+
 FORMAT = 1
 MANIFEST = "manifest.json"
 INDEX = "index.bin"
+_PIECE = 1 << 20  # rows of the index read at a time, 25 MB
 ROW = np.dtype(
     [
         ("shard", "<u4"),  # row of Manifest.shards
@@ -83,6 +87,7 @@ class Manifest:
         index_sha256: SHA-256 of the index in hex.
         rendition: how images were made smaller; None = source bytes.
         store: local copies of remote shards; no part of the identity.
+        labels: map of the index's labels to `classes`, see `labels.apply_labels`; None = they are class indices.
     """
 
     folder: Path
@@ -93,11 +98,40 @@ class Manifest:
     index_sha256: str
     rendition: Rendition | None = None
     store: ShardStore | None = field(default=None, compare=False)
+    labels: LabelMap | None = None
 
     @cached_property
     def digest(self) -> str:
         """Identity of the data set: hash of everything but the places of the files."""
-        return hashlib.sha256(json.dumps(self._document(), sort_keys=True).encode()).hexdigest()
+        document = self._document()
+        if self.labels is not None:
+            document["labels"] = self.labels.digest
+        return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
+
+    @cached_property
+    def left_out(self) -> np.ndarray:
+        """Rows of the index whose class `labels` leaves out, ascending, [n] int64.
+
+        Labels that are no class at all are kept: they are bad samples, which a run counts and reports. The index is
+        read in pieces and not through its memory map, so that all of it never counts as this process's memory.
+        """
+        if self.labels is None or not self.labels.drops:
+            return np.empty(0, np.int64)
+        assert self.table is not None  # compares the size of the file
+        kinds = np.asarray(self.labels.indices, np.int64)
+        found, first = [np.empty(0, np.int64)], 0
+        with (self.folder / INDEX).open("rb") as stream:
+            while len(rows := np.fromfile(stream, ROW, _PIECE)):
+                labels = rows["label"].astype(np.int64)
+                known = (labels >= 0) & (labels < len(kinds))
+                found.append(first + np.flatnonzero(known & (kinds[np.where(known, labels, 0)] < 0)))
+                first += len(rows)
+        return np.concatenate(found)
+
+    @property
+    def kept(self) -> int:
+        """Samples that take part: all but those that `labels` leaves out."""
+        return self.samples - len(self.left_out)
 
     @cached_property
     def table(self) -> np.ndarray:
@@ -123,6 +157,11 @@ class Manifest:
         """First row of each shard and the total at the end, [shards + 1] int64."""
         return np.concatenate([[0], np.cumsum([s.n for s in self.shards], dtype=np.int64)]).astype(np.int64)
 
+    def labels_of(self, rows: np.ndarray) -> np.ndarray:
+        """Class indices of rows of the table, mapped where there is a map (-1 = no class), [n] int64."""
+        labels = rows["label"].astype(np.int64)
+        return labels if self.labels is None else self.labels.apply(labels)
+
     def shard_path(self, shard: int) -> Path:
         """Local path of shard number `shard`."""
         if self.store is not None:
@@ -143,7 +182,8 @@ class Manifest:
         return document
 
     def write(self) -> Path:
-        """Write ``manifest.json`` atomically; returns its path."""
+        """Write ``manifest.json`` atomically, without the label map, which belongs to a run; returns its path."""
+        assert self.labels is None
         path = self.folder / MANIFEST
         partial = path.with_suffix(".partial")
         partial.write_text(json.dumps(self._document(), indent=1) + "\n")

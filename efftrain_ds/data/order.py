@@ -22,6 +22,7 @@ from ..core.errors import ConfigError
 PLAN_VERSION = 1
 # A stream shorter than this would hardly be shuffled, so a small data set is cut into fewer streams than asked.
 _MIN_STREAM = 64
+_SLICE = 1 << 17  # keys sorted at a time, 1 MB
 # Numbers with more divisors than any smaller one: almost every world size divides the number of streams.
 _HIGHLY_COMPOSITE = (
     *(36, 48, 60, 120, 180, 240, 360, 720, 840, 1260, 1680, 2520, 5040, 7560, 10080, 15120, 20160, 25200, 27720),
@@ -30,8 +31,28 @@ _HIGHLY_COMPOSITE = (
 
 
 def default_streams(world: int) -> int:
-    """Streams for a run first started on `world` ranks: the first highly composite number from ``30 * world`` on."""
-    return next((c for c in _HIGHLY_COMPOSITE if c >= 30 * world), 30 * world)
+    """Streams for a run first started on `world` ranks: a multiple of `world`, at least 30 times it.
+
+    Only with a multiple does every rank keep to its own streams, and a node to its share of the shards: with 2,520
+    streams, which 64 does not divide, each of 8 nodes reads every shard in every epoch. Taken is the first highly
+    composite number from ``30 * world`` on, where `world` divides it, else the multiple up to 60 times that has the
+    most divisors: a resume with another world keeps much of it then.
+    """
+    first = next((c for c in _HIGHLY_COMPOSITE if c >= 30 * world), 0)
+    if first and first % world == 0:
+        return first
+    return max((world * k for k in range(30, 61)), key=lambda n: (_divisors(n), -n))
+
+
+def _divisors(n: int) -> int:
+    """Number of divisors."""
+    count, factor = 1, 2
+    while factor * factor <= n:
+        power = 1
+        while n % factor == 0:
+            n, power = n // factor, power + 1
+        count, factor = count * power, factor + 1
+    return count * (2 if n > 1 else 1)
 
 
 class SampleOrder:
@@ -72,7 +93,9 @@ class SampleOrder:
         self._sizes = np.asarray(shard_sizes, dtype=np.int64)
         self._starts = np.concatenate([[0], np.cumsum(self._sizes)]).astype(np.int64)
         rows = int(self._starts[-1])
-        self._excluded = np.unique(np.asarray([] if exclude is None else exclude, dtype=np.int64))
+        self._excluded = np.asarray([] if exclude is None else exclude, dtype=np.int64)
+        if (np.diff(self._excluded) <= 0).any():  # millions of rows come sorted, and sorting them takes seconds
+            self._excluded = np.unique(self._excluded)
         if self._excluded.size and not 0 <= self._excluded[0] <= self._excluded[-1] < rows:
             raise ConfigError(
                 f"sample order: excluded rows {self._excluded[0]}..{self._excluded[-1]} are not in 0..{rows - 1}"
@@ -148,10 +171,14 @@ class SampleOrder:
         shards = shards[: self._sizes.size]
         sizes = self._sizes[shards]
         first = np.concatenate([[0], np.cumsum(sizes)[:-1]])
-        line = np.arange(self._starts[-1], dtype=np.int64) + np.repeat(self._starts[:-1][shards] - first, sizes)
+        # In the small type throughout: a negative shift wraps around, and back when the row's place is added.
+        line = np.repeat((self._starts[:-1][shards] - first).astype(self._row_type), sizes)
+        line += np.arange(self._starts[-1], dtype=self._row_type)
         if self._excluded.size:
-            line = line[~np.isin(line, self._excluded)]
-        return line.astype(self._row_type)
+            kept = np.ones(len(line), dtype=bool)
+            kept[self._excluded] = False
+            line = line[kept[line]]
+        return line
 
     def _shuffle(self, rows: np.ndarray, epoch: int, first: int) -> np.ndarray:
         """Permute each of the streams [streams, length] within blocks; `first` is the number of the first stream."""
@@ -167,14 +194,16 @@ class SampleOrder:
             per_stream = (stop - start) // size
             number = (first + np.arange(streams))[:, None] * (length // block + 2) + start // block
             number = (number + np.arange(per_stream)).reshape(-1)
-            picks = np.empty(blocks.shape, np.int64)
-            # In slices, so that the 64-bit keys of a large data set are never all in memory.
-            step = max(1, (1 << 21) // size)
-            for low in range(0, len(picks), step):
-                picks[low : low + step] = _sorted_low_bits(
-                    words(self.seed, f"samples/{epoch}", number[low : low + step], size)
-                )
-            out[:, start:stop] = np.take_along_axis(blocks, picks, axis=1).reshape(streams, stop - start)
+            # In slices that fit the cache: the 64-bit keys of a large data set are never all in memory.
+            whole = out if stop - start == length else np.empty((streams, stop - start), rows.dtype)
+            shuffled = whole.reshape(-1, size)
+            step = max(1, _SLICE // size)
+            for low in range(0, len(blocks), step):
+                part = slice(low, low + step)
+                picks = _sorted_low_bits(words(self.seed, f"samples/{epoch}", number[part], size))
+                shuffled[part] = np.take_along_axis(blocks[part], picks, axis=1)
+            if whole is not out:
+                out[:, start:stop] = whole
         return out
 
 

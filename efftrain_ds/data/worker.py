@@ -90,7 +90,7 @@ class TrainSamples(Dataset):
         boxes = crop_boxes(self.seed, ticket.positions, table["width"], table["height"], self.scale, self.ratio)
         n = len(ticket.ids)
         images = empty_images(n, self.resolution)
-        labels = table["label"].astype(np.int64)
+        labels = self.reader.manifest.labels_of(table)
         valid = np.ones(n, dtype=bool)
         bad: list[BadSample] = []
         cuts: list[np.ndarray] = []
@@ -98,7 +98,7 @@ class TrainSamples(Dataset):
         for i, (row_id, row, box) in enumerate(zip(ticket.ids.tolist(), table.tolist(), boxes.tolist(), strict=True)):
             pixels = self.cache.get(row_id)
             if pixels is None:
-                pixels = self._load(row_id, row)
+                pixels = self._load(row_id, row, int(labels[i]))
             if isinstance(pixels, BadSample):
                 images[i] = 0
                 labels[i], valid[i] = IGNORED_LABEL, False
@@ -117,12 +117,13 @@ class TrainSamples(Dataset):
         self.reader.finish()
         return Assembled(images, labels, valid, ticket, bad)
 
-    def _load(self, row_id: int, row: tuple[int, int, int, int, int, int]) -> np.ndarray | BadSample:
-        """Pixels of one sample, or the finding after the second attempt."""
-        shard, offset, size, label, width, height = row
+    def _load(self, row_id: int, row: tuple[int, int, int, int, int, int], label: int) -> np.ndarray | BadSample:
+        """Pixels of one sample of class `label`, or the finding after the second attempt."""
+        shard, offset, size, stored, width, height = row
         reason, payload, text = "", b"", ""
         if not 0 <= label < self.num_classes:
-            reason, text = "label", f"label {label} is not in 0..{self.num_classes - 1}"
+            mapped = "" if self.reader.manifest.labels is None else f" (in the shards: {stored})"
+            reason, text = "label", f"label {label}{mapped} is not in 0..{self.num_classes - 1}"
         elif width == 0 or height == 0:
             reason, text = "size", f"the index says {width} x {height} pixels"
         else:

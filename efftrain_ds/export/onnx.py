@@ -32,16 +32,17 @@ def require() -> None:
         )
 
 
-def write(model: nn.Module, images: Tensor, path: Path) -> float:
-    """Write `model` with a batch of any size, run it with ONNX Runtime and compare.
+def write(model: nn.Module, images: Tensor, path: Path, *, batch: int | None = None) -> float:
+    """Write `model`, run it with ONNX Runtime and compare.
 
     Args:
         model: in evaluation mode, built with timm's ``exportable=True``.
         images: real inputs [N, C, H, W], N at least 3.
         path: the file.
+        batch: the only batch size of the file; None for any.
 
     Returns:
-        Largest difference of a logit, over batches of 1, 2 and N images.
+        Largest difference of a logit, over batches of 1, 2 and N images where the file takes them.
 
     Raises:
         ModelError: torch cannot express the model in ONNX, or the results differ by more than `TOLERANCE`.
@@ -52,11 +53,11 @@ def write(model: nn.Module, images: Tensor, path: Path) -> float:
         with _quiet():
             torch.onnx.export(
                 model,
-                (images[:2],),
+                (images[: batch or 2],),
                 str(path),
                 input_names=["images"],
                 output_names=["logits"],
-                dynamic_shapes=({0: torch.export.Dim("batch")},),
+                dynamic_shapes=({0: torch.export.Dim("batch")},) if batch is None else None,
                 dynamo=True,
                 external_data=False,
                 verbose=False,
@@ -65,7 +66,7 @@ def write(model: nn.Module, images: Tensor, path: Path) -> float:
         raise ModelError(f"{type(model).__name__} cannot be written as ONNX: {_first_line(error)}") from error
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     worst = 0.0
-    for part in (images[:1], images[:2], images):
+    for part in (images[:1], images[:2], images) if batch is None else images.split(batch):
         with torch.no_grad():
             expected = model(part)
         found = torch.from_numpy(session.run(["logits"], {"images": part.numpy()})[0])

@@ -13,6 +13,7 @@ BUILTIN_MODULES: tuple[str, ...] = (
     "efftrain_ds.methods.svite.s2vite",
     "efftrain_ds.methods.svite.tokens",
     "efftrain_ds.methods.svite.attention",
+    "efftrain_ds.methods.elasticvit.method",
 )
 """Modules that register a method when they are imported; names only, so that none is loaded too early."""
 

@@ -250,7 +250,7 @@ def eval_line(
 
 
 def _result(name: str, value: float) -> str:
-    return f"{100 * value:.2f}%" if name.removeprefix("ema_").startswith("top") else _loss(value)
+    return f"{100 * value:.2f}%" if name.rpartition("_")[2].startswith("top") else _loss(value)
 
 
 @dataclass(frozen=True)

@@ -50,13 +50,17 @@ class Hold:
     def _part(tensor: Tensor, fragment: Fragment) -> Tensor:
         return tensor.view(-1).narrow(0, fragment.offset, fragment.length)
 
-    @torch.no_grad()
     def restore(self) -> None:
         """Put everything back and refresh the working weights. Collective."""
+        self.put_back()
+        self.layout.push()
+
+    @torch.no_grad()
+    def put_back(self) -> None:
+        """Put everything back, but leave the working weights: for use before DeepSpeed itself refreshes them."""
         for kept in self._kept:
             for key, view in self._views(kept.fragment).items():
                 if key in kept.values:
                     view.copy_(kept.values[key])
                 else:  # state that this step created
                     view.zero_()
-        self.layout.push()

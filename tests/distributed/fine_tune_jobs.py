@@ -76,6 +76,9 @@ def fine_tune_job(folder: str, stage: int) -> dict:
         "plan": trainer.schedule.spec.samples,
     }
     trainer.engine.destroy()
+    if rank() == 0:
+        (Path(folder) / "base").rename(Path(folder) / "gone")  # a resume does without what the run began with
+    gather(None)
     again, text = go(config)  # its end is resumed: nothing is trained
     again.engine.destroy()
     journal = Path(folder) / "tuned" / "journal.jsonl"

@@ -16,7 +16,7 @@ slow = pytest.mark.slow
         pytest.param(0, "fp32", {}, marks=slow),
         pytest.param(1, "bf16", {}, marks=slow),
         pytest.param(2, "fp16", {"offload": True}, marks=slow),
-        (3, "fp32", {"stage3_param_persistence_threshold": 0}),
+        pytest.param(3, "fp32", {"stage3_param_persistence_threshold": 0}, marks=slow),
         pytest.param(3, "fp16", {}, marks=slow),
         pytest.param(3, "bf16", {"offload_param": {"device": "cpu"}, "offload": True}, marks=slow),
         pytest.param(1, "fp32", {"autocast": True}, marks=slow),

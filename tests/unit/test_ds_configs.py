@@ -21,6 +21,7 @@ RELATIVE = {
     "svite": (0.99, 1.01),
     "s2vite": (0.5, 0.75),
     "svite_tokens": (0.9, 1.01),
+    "elasticvit": (0.5, 0.8),
 }
 """Cost of a run that has only this method, relative to dense training of as many epochs."""
 

@@ -131,6 +131,12 @@ def test_everything_wrong_at_once(methods: Any) -> None:
         ({"model": {"ema": True}}, "efftrain.model.ema", "found true, allowed: an object or null"),
         ({"model": {"ema": {"decay": 1}}}, "efftrain.model.ema.decay", "found 1, allowed: a number >= 0 and < 1"),
         ({"model": {"pretrained": 1}}, "efftrain.model.pretrained", "found 1 (a whole number), allowed: true or false"),
+        (
+            {"model": {"name": "vit_base_patch16_224", "pretrained": True, "init": {"weights": "runs/a"}}},
+            "efftrain.model",
+            'pretrained and init do not go together; init.weights = "timm:vit_base_patch16_224" starts from timm\'s '
+            "weights",
+        ),
         ({"data": {"scale": 0.2}}, "efftrain.data.scale", "found 0.2 (a number), allowed: a list of 2 numbers"),
         ({"data": {"scale": [0.2]}}, "efftrain.data.scale", "found [0.2], allowed: a list of 2 numbers"),
         ({"data": {"scale": [0, 1, 2]}}, "efftrain.data.scale", "found [0, 1, 2], allowed: a list of 2 numbers"),

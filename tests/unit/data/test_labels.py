@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from efftrain_ds.config.sections import DataConfig
 from efftrain_ds.core.errors import CheckpointError, ConfigError
 from efftrain_ds.data.build import build_shards
 from efftrain_ds.data.evaluation import EvalLoader
@@ -15,6 +16,7 @@ from efftrain_ds.data.labels import apply_labels, label_set, label_sets, make_ma
 from efftrain_ds.data.loader import TicketSpec, TrainLoader
 from efftrain_ds.data.manifest import load_manifest
 from efftrain_ds.data.sources import FolderSource
+from efftrain_ds.planning import with_labels
 
 COUNTS = {
     "imagenet-1k": 1000,
@@ -173,6 +175,23 @@ def test_indices_of_a_named_set_instead_of_class_names(shards):
         apply_labels(plain, target="imagenet-1k", source="imagenet-1k")
     with pytest.raises(ConfigError, match="no class of"):
         apply_labels(plain, target="imagenet-1k")
+
+
+def test_errors_of_the_held_out_split_name_its_keys(shards):
+    plain, unnamed = load_manifest(shards / "shards"), load_manifest(shards / "shards")
+    object.__setattr__(unnamed, "classes", ())
+    goal = str(shards / "goal.txt")
+    for held_out, prefix in ((False, ""), (True, "val_")):
+        for manifest, keys, words in (
+            (plain, {"target": goal}, f'{prefix}missing = "drop" leaves'),
+            (plain, {"target": "imagenet-1k"}, f"is {prefix}source the label set"),
+            (plain, {"target": goal, f"{prefix}source": "imagenet-1k"}, f"labels.{prefix}source: imagenet-1k has"),
+            (unnamed, {"target": goal}, f"labels.{prefix}source: {plain.folder} has no class names"),
+        ):
+            with pytest.raises(ConfigError) as caught:
+                with_labels(manifest, DataConfig(labels=keys), held_out=held_out)
+            assert words in str(caught.value)
+            assert held_out or "val_" not in str(caught.value)
 
 
 def test_a_resume_with_another_map_is_refused(shards):
