@@ -19,7 +19,7 @@ from efftrain_ds.cli.args import add_config_arguments
 from efftrain_ds.cli.search import SEARCHES, add_output_argument
 from efftrain_ds.core.errors import ConfigError, EffTrainError, ModelError, PlanError
 
-WAIT_FOR_THE_FIRST = 60.0
+WAIT_FOR_THE_FIRST = 10.0
 """Seconds that rank 0 has to say what is wrong before the others do."""
 LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited")
 """What the network layers (gloo, NCCL) say where a process at the other end is gone."""

@@ -135,6 +135,13 @@ training starts, with the reason.
 - Batch normalisation (ResNet): running statistics depend on the size of the images, so an evaluation right after a
   switch says little. Every rank has its own; those of the first rank are exported.
 
+## Supernets
+
+`efftrain.model.name` may also be a supernet for the method `elasticvit`: `elasticvit` (ElasticViT's convolution and
+transformer stages), `elastic_autoformer_tiny`, `elastic_autoformer_small`, `elastic_autoformer_base` (AutoFormer's
+plain vision transformers), or `elastic_vit` with a space of your own in `efftrain.model.kwargs`. The method card
+`efftrain_ds/methods/elasticvit/README.md` has their arguments.
+
 ## Parameters and MACs
 
 With 1,000 classes, for one image of the given side. MACs are multiply-accumulate operations of matrix products and

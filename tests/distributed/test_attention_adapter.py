@@ -9,7 +9,7 @@ from tests.distributed import attention_jobs as jobs
 pytestmark = pytest.mark.dist
 
 
-@pytest.mark.parametrize("stage", [1, 3])
+@pytest.mark.parametrize("stage", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_masks_and_training_go_on(ranks, tmp_path, stage):
     for found in ranks(jobs.adapter_job, str(tmp_path), stage):
         assert len(found["other_masks"]) > 0, "the fresh engine starts with other masks"

@@ -138,7 +138,7 @@ def test_a_search_may_fill_its_stage(ranks):
         slow(MANUAL, 0, [5, 7]),
         slow(MANUAL, 1, [5, 12]),
         slow(NO_RATE, 2, [10, 12]),
-        (MANUAL, 3, [5]),
+        slow(MANUAL, 3, [5]),
         slow(SEARCHED, 0, [2, 3]),
         (SEARCHED, 1, [3]),
         slow(SEARCHED, 1, [8]),

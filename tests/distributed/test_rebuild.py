@@ -36,7 +36,7 @@ def test_identity(ranks, stage, dtype):
         _exact(result)
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("stage", [1, 2, pytest.param(3, marks=slow)])
 def test_identity_fp16_with_skipped_steps(ranks, stage):
     for result in ranks(jobs.identity_job, stage, "fp16", {}):
         _exact(result)
@@ -57,11 +57,11 @@ def test_identity_fp16_with_skipped_steps(ranks, stage):
         pytest.param(1, "fp32", OFFLOAD, marks=slow),
         pytest.param(2, "fp32", OFFLOAD, marks=slow),
         pytest.param(3, "fp32", OFFLOAD, marks=slow),
-        (3, "bf16", OFFLOAD_PARAM),
+        pytest.param(3, "bf16", OFFLOAD_PARAM, marks=slow),
         pytest.param(3, "fp32", OFFLOAD_PARAM, marks=slow),
         (2, "bf16", {"tied": True}),
         pytest.param(3, "fp32", {"tied": True}, marks=slow),
-        (3, "bf16", {"sub_group_size": 500}),
+        pytest.param(3, "bf16", {"sub_group_size": 500}, marks=slow),
         (2, "bf16", {"keep_old": False}),
         pytest.param(3, "bf16", {"keep_old": False}, marks=slow),
         pytest.param(0, "fp32", {"keep_old": False}, marks=slow),
@@ -321,7 +321,7 @@ def test_two_requests_are_the_one_after_the_other(ranks, stage, dtype, pair):
 
 @pytest.mark.parametrize(
     ("stage", "dtype"),
-    [(0, "fp32"), (3, "bf16"), pytest.param(1, "bf16", marks=slow), pytest.param(2, "fp32", marks=slow)],
+    [(0, "fp32"), *(pytest.param(*cell, marks=slow) for cell in ((3, "bf16"), (1, "bf16"), (2, "fp32")))],
 )
 def test_freezing_and_unfreezing(ranks, stage, dtype):
     for result in ranks(jobs.unfreeze_job, stage, dtype):

@@ -15,8 +15,9 @@ pytestmark = pytest.mark.dist
         pytest.param(0, "fp32", "interleaved", marks=pytest.mark.slow),
         (1, "fp32", "interleaved"),
         (2, "fp32", "suffix"),
-        (3, "fp32", "interleaved"),
-        (1, "bf16", "interleaved"),
+        pytest.param(3, "fp32", "interleaved", marks=pytest.mark.slow),
+        pytest.param(1, "bf16", "interleaved", marks=pytest.mark.slow),
+        (3, "fp32", "suffix"),
     ],
 )
 def test_only_what_is_unfrozen_trains(ranks, stage, dtype, order):
@@ -49,7 +50,10 @@ def test_only_what_is_unfrozen_trains(ranks, stage, dtype, order):
 
 @pytest.mark.parametrize(
     ("stage", "at", "world"),
-    [(0, 4, 2), (1, 4, 1), (2, 3, 2), pytest.param(3, 4, 2, marks=pytest.mark.slow), (3, 5, 1)],
+    [
+        *(pytest.param(*cell, marks=pytest.mark.slow) for cell in ((0, 4, 2), (2, 3, 2), (3, 4, 2))),
+        *((1, 4, 1), (3, 5, 1)),
+    ],
 )
 def test_resume_repeats_the_uninterrupted_run(ranks, tmp_path, stage, at, world):
     for result in ranks(jobs.resume_job, str(tmp_path), stage, "fp32", jobs.MANUAL, at, world=world):

@@ -205,9 +205,10 @@ def test_a_model_without_heads_has_no_compact_form(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "tokens",
-    [pytest.param(None, marks=pytest.mark.slow), {"keep": 0.5, "select": "gather"}],
+    [None, {"keep": 0.5, "select": "gather"}],
     ids=["units", "units-and-tokens"],
 )
+@pytest.mark.slow
 def test_onnx_of_the_small_model(tmp_path: Path, tokens: dict | None) -> None:
     pytest.importorskip("onnxscript")
     onnx, runtime = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")

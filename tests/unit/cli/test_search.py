@@ -111,6 +111,7 @@ def test_a_kind_of_search_must_be_given(capsys: pytest.CaptureFixture[str]) -> N
     assert "growth" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_small_search_from_start_to_file(tmp_path: Path) -> None:
     target = tmp_path / "found" / "growth.json"
     changes = {
