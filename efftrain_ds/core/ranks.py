@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-from .errors import EffTrainError
+from .errors import DesyncError, EffTrainError
 
 T = TypeVar("T")
 
@@ -104,3 +104,19 @@ def agree(problem: str | None, error: type[EffTrainError], what: str = "") -> No
         ranks = "" if len(where) == len(found) else f"(rank {', '.join(where)} of {len(found)})"
         head = " ".join(part for part in (what, ranks) if part)
         raise error(f"{head}: {'; '.join(texts)}" if head else "; ".join(texts))
+
+
+def same_on_all(decision: str, what: str) -> str:
+    """The ranks' common decision. Collective.
+
+    Args:
+        decision: of this rank, in a few words or as a digest.
+        what: subject of the error, e.g. "efftrain.methods.svite: the masks differ ... at step 5".
+
+    Raises:
+        DesyncError: on all ranks, with what each has decided.
+    """
+    found = gather(decision)
+    if len(set(found)) > 1:
+        raise DesyncError(f"{what}: {found}")
+    return decision

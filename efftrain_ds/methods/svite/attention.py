@@ -15,9 +15,9 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from ...core.context import Context
-from ...core.errors import DesyncError, ModelError, NoEffectWarning, PlanError
+from ...core.errors import ModelError, NoEffectWarning, PlanError
 from ...core.method import Method
-from ...core.ranks import gather
+from ...core.ranks import same_on_all
 from ...core.registry import register_method
 from ...core.timeline import PlanSpec, Segment, Stage, Timeline
 from ...cost.plan import bandwidth_of
@@ -286,11 +286,8 @@ class SViTEAttention(Method):
             keep = module.block_mask.keep
             self._union[name] = self._union[name].to(keep.device) | keep
         self._route(ctx)
-        digests = gather(self.decision(ctx))
-        if len(set(digests)) > 1:
-            raise DesyncError(
-                f"{KEY}: the masks differ between the ranks after the update at step {ctx.step}: {digests}"
-            )
+        what = f"{KEY}: the masks differ between the ranks after the update at step {ctx.step}"
+        digest = same_on_all(self.decision(ctx), what)
         facts = self._facts(ctx)
         ctx.record(
             "attention_update",
@@ -302,7 +299,7 @@ class SViTEAttention(Method):
             exchanged=self._last_facts["exchanged"],
             regrown_share=self._last_facts["regrown"],
             layers=rows,
-            digest=digests[0],
+            digest=digest,
             seconds=time.monotonic() - start,
         )
 

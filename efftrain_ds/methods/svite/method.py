@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from ...core.context import Context
-from ...core.errors import DesyncError, ModelError, NoEffectWarning, PlanError
+from ...core.errors import ModelError, NoEffectWarning, PlanError
 from ...core.method import Method
-from ...core.ranks import gather
+from ...core.ranks import same_on_all
 from ...core.registry import register_method
 from ...core.timeline import PlanSpec, Segment, Stage, Timeline
 from ...models import masked
@@ -275,11 +275,8 @@ class SViTE(Method):
         self._last_facts = {"alpha": alpha, "regrown": regrown / max(1, dropped)}
         for name, (_, module) in self._layers(ctx).items():
             self._union[name] = self._union[name].to(module.weight_mask.device) | self._units(module.weight_mask)
-        digests = gather(self.decision(ctx))
-        if len(set(digests)) > 1:
-            raise DesyncError(
-                f"{KEY}: the masks differ between the ranks after the update at step {ctx.step}: {digests}"
-            )
+        what = f"{KEY}: the masks differ between the ranks after the update at step {ctx.step}"
+        digest = same_on_all(self.decision(ctx), what)
         facts = self._facts(ctx)
         ctx.record(
             "mask_update",
@@ -290,7 +287,7 @@ class SViTE(Method):
             dropped=dropped,
             regrown_share=self._last_facts["regrown"],
             layers=rows,
-            digest=digests[0],
+            digest=digest,
             seconds=time.monotonic() - start,
         )
 

@@ -18,9 +18,9 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from ...core.context import Context
-from ...core.errors import DesyncError, ModelError, NoEffectWarning, PlanError
+from ...core.errors import ModelError, NoEffectWarning, PlanError
 from ...core.method import Method
-from ...core.ranks import gather
+from ...core.ranks import same_on_all
 from ...core.registry import register_method
 from ...core.timeline import PlanSpec, Stage, Timeline
 from ...models import masked
@@ -314,11 +314,8 @@ class S2ViTE(Method):
         every = [e for of in done.values() for e in of.values()]
         dropped, regrown = sum(len(e.dropped) for e in every), sum(len(e.regrown) for e in every)
         self._last_facts = {"alpha": alpha, "regrown": regrown / max(1, dropped)}
-        digests = gather(self.decision(ctx))
-        if len(set(digests)) > 1:
-            raise DesyncError(
-                f"{KEY}: the units differ between the ranks after the update at step {ctx.step}: {digests}"
-            )
+        what = f"{KEY}: the units differ between the ranks after the update at step {ctx.step}"
+        digest = same_on_all(self.decision(ctx), what)
         facts = self._facts(ctx)
         ctx.record(
             "unit_update",
@@ -328,7 +325,7 @@ class S2ViTE(Method):
             regrown_share=self._last_facts["regrown"],
             layers={b: {k: [len(e.dropped), len(e.regrown)] for k, e in of.items()} for b, of in done.items()},
             heads={block: list(of[HEADS].slots) for block, of in done.items()},
-            digest=digests[0],
+            digest=digest,
             seconds=time.monotonic() - start,
         )
 
