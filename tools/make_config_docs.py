@@ -6,13 +6,13 @@ With ``--check`` nothing is written; the exit code is 1 when the file on disk is
 
 from __future__ import annotations
 
-import argparse
 import inspect
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_args
 
+from generated_page import run
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
@@ -145,19 +145,7 @@ def render() -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Write the page, or compare it with ``--check``."""
-    parser = argparse.ArgumentParser(description="Write docs/config.md from the configuration models.")
-    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 when the page is stale")
-    parser.add_argument("--out", type=Path, default=OUTPUT, help="the page (default: docs/config.md)")
-    args = parser.parse_args(argv)
-    text = render()
-    if not args.check:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(text, encoding="utf-8")
-        return 0
-    if args.out.is_file() and args.out.read_text(encoding="utf-8") == text:
-        return 0
-    print(f"{args.out} is stale: run python tools/make_config_docs.py", file=sys.stderr)
-    return 1
+    return run(render, OUTPUT, "tools/make_config_docs.py", "Write docs/config.md from the configuration models.", argv)
 
 
 if __name__ == "__main__":

@@ -7,13 +7,13 @@ code is 1 when the file on disk is not what would be written.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from generated_page import run
 
 from efftrain_ds.cost.macs import module_macs, parameter_count
 from efftrain_ds.models.adapters import accepts_sizes, create_model
@@ -186,19 +186,13 @@ def render(rows: Sequence[Row] = ROWS) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Write the page, or compare it with ``--check``."""
-    parser = argparse.ArgumentParser(description="Write docs/models.md: parameters and MACs of every backbone.")
-    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 when the page is stale")
-    parser.add_argument("--out", type=Path, default=OUTPUT, help="the page (default: docs/models.md)")
-    args = parser.parse_args(argv)
-    text = render()
-    if not args.check:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(text, encoding="utf-8")
-        return 0
-    if args.out.is_file() and args.out.read_text(encoding="utf-8") == text:
-        return 0
-    print(f"{args.out} is stale: run python tools/make_model_table.py", file=sys.stderr)
-    return 1
+    return run(
+        render,
+        OUTPUT,
+        "tools/make_model_table.py",
+        "Write docs/models.md: parameters and MACs.",
+        argv,
+    )
 
 
 if __name__ == "__main__":

@@ -40,6 +40,7 @@ class PlanSpec:
         prefix: tokens that are not patches.
         space: search space where the model is a supernet, else None.
         eval_resolution: side in pixels of evaluation images; 0 where the user's loop evaluates.
+        mixing: probability that a batch is mixed (mixup, cutmix); 0 where that is off or the user's loop augments.
     """
 
     seed: int
@@ -60,6 +61,12 @@ class PlanSpec:
     prefix: int = 1
     space: Any = None
     eval_resolution: int = 0
+    mixing: float = 0.0
+
+    @property
+    def baseline_steps(self) -> float:
+        """Optimizer steps of the run at the baseline batch, before rounding."""
+        return float(self.steps) if self.steps is not None else self.epochs * self.samples / self.batch
 
 
 @dataclass(frozen=True)

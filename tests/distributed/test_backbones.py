@@ -61,10 +61,8 @@ def changes_for(family: str) -> dict:
     }
 
 
-@pytest.mark.parametrize(
-    "family",
-    [pytest.param(f, marks=pytest.mark.slow) for f in ("swin", "cswin", "resnet", "pvt_v2", "convnext", "deit3")],
-)
+# without CAFormer and VOLO: timm fixes their sizes by name, and the real ones are large for this
+@pytest.mark.parametrize("family", [pytest.param(f, marks=pytest.mark.slow) for f in TINY])
 def test_resume_at_a_switch_is_the_same_run(ranks, tmp_path, family):
     for result in ranks(train_jobs.resume_run, str(tmp_path), 1, [4], changes_for(family)):
         assert result["problems"] == []

@@ -108,11 +108,6 @@ def stage_settings(found: Levels, stage: int, size: Candidate, *, strength: int 
     return settings
 
 
-def _steps(spec: PlanSpec) -> float:
-    """Optimizer steps of the run by samples; 0 where they are not known."""
-    return float(spec.steps) if spec.steps is not None else spec.epochs * spec.samples / spec.batch
-
-
 def _micro_scale(size: Candidate, spec: PlanSpec) -> float:
     """Activations fall with depth and with the number of tokens, so the micro-batch may grow."""
     depth = size[0] / spec.depth if size[0] else 1.0
@@ -139,7 +134,7 @@ def _own_timeline(stages: list[GrowthStageConfig], spec: PlanSpec) -> Timeline:
                 f"{key}.drop_path: {stage.drop_path}, but the model is built without drop path; set "
                 "efftrain.model.drop_path above 0"
             )
-    total = _steps(spec)
+    total = spec.baseline_steps
     if len(stages) > 1 and total and round(stages[-2].until * total) >= round(total):
         problems.append(f"{KEY}.schedule.{len(stages) - 2}.until: leaves no step of {total:.0f} for the full model")
     last = stages[-1]
@@ -186,7 +181,7 @@ def search_share(config: AutoProgConfig, spec: PlanSpec) -> float:
     starts = (*stage_starts(config.stages, spec), 1.0)
     shortest = min(b - a for a, b in zip(starts[:-1], starts[1:-1], strict=False))
     share = config.search.epochs / epochs
-    if _steps(spec) and share * _steps(spec) < 1:
+    if spec.baseline_steps and share * spec.baseline_steps < 1:
         raise PlanError(
             f"{KEY}.search.epochs: {config.search.epochs:g} epochs are less than one step of {spec.batch} samples"
         )

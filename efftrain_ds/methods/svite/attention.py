@@ -42,7 +42,7 @@ from .densities import clean_name, exploration, mask_digest, mask_rng
 from .packing import packed, unpacked
 from .pictures import mask_map
 from .rules import finite
-from .schedule import UpdateSchedule, end_step, interval_steps
+from .schedule import UpdateSchedule, end_step, interval_steps, refuse_without_updates, run_schedule
 
 
 @register_method
@@ -90,13 +90,10 @@ class SViTEAttention(Method):
         if spec.width:
             check_length(self.config, plan_tokens(spec, spec.resolution), PlanError)
         check_evaluation(self.config, spec)
-        total = spec.steps if spec.steps is not None else round(spec.epochs * spec.samples / spec.batch)
+        total = round(spec.baseline_steps)
         every = interval_steps(self.config.update_every, spec, total)
-        if self.learned and "update_every" in self.config.model_fields_set and every >= total:
-            raise PlanError(
-                f"{KEY}.update_every: {self.config.update_every} is {every} steps, but the run has {total}; "
-                "allowed: less than the run"
-            )
+        if self.learned and "update_every" in self.config.model_fields_set:
+            refuse_without_updates(KEY, self.config.update_every, every, total)
         return Timeline((Segment(0.0, 1.0),))
 
     def cost_factor(self, spec: PlanSpec, stage: Stage) -> float:
@@ -194,10 +191,9 @@ class SViTEAttention(Method):
         """
         config, total, every, end = self.config, 0, 0, 0
         if self.learned:
-            if ctx.schedule is None:
-                raise PlanError(f"{KEY} needs the length of the run: set efftrain.run.steps")
-            total = ctx.schedule.total_steps
-            every, end = interval_steps(config.update_every, ctx.schedule.spec, total), end_step(total, config.end)
+            run = run_schedule(KEY, ctx)
+            total = run.total_steps
+            every, end = interval_steps(config.update_every, run.spec, total), end_step(total, config.end)
             self.schedule = UpdateSchedule(total, every, end, config.alpha, config.initial)
         layers = self._layers(ctx)
         if self._union:
@@ -205,8 +201,8 @@ class SViTEAttention(Method):
         self._started = True
         if self._union:
             return
-        if self.schedule is not None and not self.schedule.steps:
-            warnings.warn(f"{KEY}: no update falls into {total} steps (every {every}, until {end})", NoEffectWarning, 2)
+        if self.schedule is not None:
+            self.schedule.warn_if_empty(KEY)
         self._union = {name: module.block_mask.keep.clone() for name, module in layers.items()}
         facts = self._facts(ctx)
         ctx.record(

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ...core.context import Context
-from ...core.errors import ModelError, NoEffectWarning, PlanError
+from ...core.errors import ModelError, NoEffectWarning
 from ...core.method import Method
 from ...core.ranks import same_on_all
 from ...core.registry import register_method
@@ -32,7 +32,7 @@ from .densities import clean_name, exact_counts, layer_densities, mask_digest, m
 from .packing import counts_of, packed, unpacked
 from .pictures import mask_map
 from .rules import finite, initial_masks
-from .schedule import DensitySchedule, UpdateSchedule, end_step
+from .schedule import DensitySchedule, UpdateSchedule, end_step, refuse_without_updates, run_schedule
 
 BACKWARD = "weight_backward"
 """Buffer beside a mask: entries that get a gradient, where these are more than the live ones (Top-KAST)."""
@@ -80,13 +80,10 @@ class SViTE(Method):
         self._run_seed = spec.seed  # `prepare_model` sees no seed
         if self.config.densities is not None:
             self._custom = read_densities(self.config.densities, f"{KEY}.densities")
-        total = spec.steps if spec.steps is not None else round(spec.epochs * spec.samples / spec.batch)
+        total = round(spec.baseline_steps)
         every = interval_of(self.config, self.preset, total, spec)
-        if self.config.update_every is not None and every >= total:
-            raise PlanError(
-                f"{KEY}.update_every: {self.config.update_every} is {every} steps, but the run has {total}; "
-                "allowed: less than the run"
-            )
+        if self.config.update_every is not None:
+            refuse_without_updates(KEY, self.config.update_every, every, total)
         return Timeline((Segment(0.0, 1.0),))
 
     @property
@@ -198,10 +195,9 @@ class SViTE(Method):
         Raises:
             PlanError: the length of the run is not known.
         """
-        if ctx.schedule is None:
-            raise PlanError(f"{KEY} needs the length of the run: set efftrain.run.steps")
-        total, preset = ctx.schedule.total_steps, self.preset
-        every = interval_of(self.config, preset, total, ctx.schedule.spec)
+        run, preset = run_schedule(KEY, ctx), self.preset
+        total = run.total_steps
+        every = interval_of(self.config, preset, total, run.spec)
         end = end_step(total, preset.end_share)
         self.schedule = UpdateSchedule(total, every, end, preset.alpha, preset.initial)
         self._density = preset.density(self.config.target, total)
@@ -215,8 +211,7 @@ class SViTE(Method):
                 live = {name: int(self._units(m.weight_mask).sum()) for name, (_, m) in layers.items()}
                 check_counts(live, self._counts(1.0), f"{KEY}.densities: {self.config.densities}")
             return
-        if not self.schedule.steps:
-            warnings.warn(f"{KEY}: no update falls into {total} steps (every {every}, until {end})", NoEffectWarning, 2)
+        self.schedule.warn_if_empty(KEY)
         if keeps_dead_weights(self.rule):
             self._change(ctx, {}, 0)
         else:

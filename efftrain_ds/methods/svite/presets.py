@@ -30,7 +30,6 @@ class Preset:
         alpha: its course (see `schedule.ALPHAS`).
         end_share: share of the run in which updates take place.
         moments: "reset" keeps the moments of dead entries at 0, "dense" lets them follow the dense gradient.
-        replaces_step: the optimizer step is left out where an update takes place.
         start_density: density at step 0 relative to nothing: None starts at the target.
         extra_density: share above the target at step 0, where `start_density` is None.
         power: of the density's course.
@@ -44,7 +43,6 @@ class Preset:
     alpha: str = "paper"
     end_share: float = 0.8
     moments: str = "reset"
-    replaces_step: bool = False
     start_density: float | None = None
     extra_density: float = 0.0
     power: float = 3.0
@@ -76,9 +74,9 @@ def svite_reference(**rule: object) -> Preset:
 
 
 def rigl(every: int = 100, initial: float = 0.3) -> Preset:
-    """RigL (Evci et al. 2020): growth by gradient; an update takes the place of the optimizer step."""
+    """RigL (Evci et al. 2020): growth by gradient. Its authors leave the updating step out; here it is taken."""
     rule = ElementRule(noise=1e-5)
-    return Preset(rule, every=every, initial=initial, end_share=0.75, replaces_step=True)
+    return Preset(rule, every=every, initial=initial, end_share=0.75)
 
 
 def set_() -> Preset:
@@ -245,21 +243,3 @@ class TopKastRule(Rule):
         new = top_k(weight.abs(), every, count)
         backward = top_k(weight.abs(), every, wide)
         return Update(new, mask & ~new, new & ~mask, 0.0, keeps_values=True, backward=backward)
-
-
-def topkast_penalty(weight: Tensor, forward: Tensor, backward: Tensor) -> Tensor:
-    """Top-KAST's exploration loss of a layer: ``(|W_A|^2 + |W_(B minus A)|^2 / D) / 2`` with D the density of A.
-
-    Entries that learn but do not run shrink faster, so that those which run are left only for better ones.
-
-    Args:
-        weight: any shape, with gradient.
-        forward: set A.
-        backward: set B, contains A.
-
-    Returns:
-        Scalar.
-    """
-    square = weight.square() * 0.5
-    density = forward.sum() / forward.numel()
-    return (square * forward).sum() + (square * (backward & ~forward)).sum() / density

@@ -37,7 +37,7 @@ from .s2vite_cost import mac_share, measured_macs
 from .s2vite_slots import HEADS, KINDS, NEURONS
 from .s2vite_units import Exchanges, LiveUnits, Units, sizes_of
 from .s2vite_values import Draws, draw_units, head_sizes, neuron_sizes, write_units
-from .schedule import UpdateSchedule, end_step, interval_steps
+from .schedule import UpdateSchedule, end_step, interval_steps, refuse_without_updates, run_schedule
 
 
 @register_method
@@ -83,13 +83,10 @@ class S2ViTE(Method):
             PlanError: the interval of the updates is longer than the run.
         """
         self._run_seed, self._side = spec.seed, spec.resolution  # `prepare_model` sees neither
-        total = spec.steps if spec.steps is not None else round(spec.epochs * spec.samples / spec.batch)
+        total = round(spec.baseline_steps)
         every = interval_steps(self.config.update_every, spec, total)
-        if every >= total > 1:
-            raise PlanError(
-                f"{KEY}.update_every: {self.config.update_every} is {every} steps, but the run has {total}; "
-                "allowed: less than the run"
-            )
+        if total > 1:
+            refuse_without_updates(KEY, self.config.update_every, every, total)
         return self.config.timeline
 
     def cost_factor(self, spec: PlanSpec, stage: Stage) -> float:
@@ -226,18 +223,16 @@ class S2ViTE(Method):
         Raises:
             PlanError: the length of the run is not known.
         """
-        if ctx.schedule is None:
-            raise PlanError(f"{KEY} needs the length of the run: set efftrain.run.steps")
-        total, config = ctx.schedule.total_steps, self.config
-        every = interval_steps(config.update_every, ctx.schedule.spec, total)
+        run, config = run_schedule(KEY, ctx), self.config
+        total = run.total_steps
+        every = interval_steps(config.update_every, run.spec, total)
         end = end_step(total, config.end)
         self.schedule = UpdateSchedule(total, every, end, config.alpha, config.initial)
         self._started = True
         if self._began:  # resumed
             return
         self._began = True
-        if not self.schedule.steps:
-            warnings.warn(f"{KEY}: no update falls into {total} steps (every {every}, until {end})", NoEffectWarning, 2)
+        self.schedule.warn_if_empty(KEY)
         if not config.revive:
             ShardedMasks(ctx.engine).apply(masked.masks_of(ctx.engine.module))
         self.units.explore()

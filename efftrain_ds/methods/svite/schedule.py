@@ -6,12 +6,14 @@ Steps are optimizer steps. The first step that may be an update is `every`, the 
 from __future__ import annotations
 
 import math
+import warnings
 from dataclasses import dataclass
 from fractions import Fraction
 
+from ...core.context import Context
 from ...core.durations import parse_duration
-from ...core.errors import ConfigError
-from ...core.timeline import PlanSpec
+from ...core.errors import ConfigError, NoEffectWarning, PlanError
+from ...core.timeline import PlanSpec, Schedule
 
 ALPHAS = ("paper", "reference", "constant")
 
@@ -37,6 +39,29 @@ def interval_steps(text: str, spec: PlanSpec, total: int) -> int:
     """An interval in optimizer steps of a run of `total` steps, at least one."""
     per_epoch = spec.samples / spec.batch if spec.samples else float(total)
     return max(1, parse_duration(text).steps(per_epoch, total) or 0)
+
+
+def refuse_without_updates(key: str, text: str | None, every: int, total: int) -> None:
+    """Refuse an interval `text` of `every` steps in which a run of `total` steps would never be updated.
+
+    Raises:
+        PlanError: naming ``<key>.update_every``.
+    """
+    if every >= total:
+        raise PlanError(
+            f"{key}.update_every: {text} is {every} steps, but the run has {total}; allowed: less than the run"
+        )
+
+
+def run_schedule(key: str, ctx: Context) -> Schedule:
+    """The schedule of the run that a method takes part in.
+
+    Raises:
+        PlanError: the length of the run is not known.
+    """
+    if ctx.schedule is None:
+        raise PlanError(f"{key} needs the length of the run: set efftrain.run.steps")
+    return ctx.schedule
 
 
 def end_step(total: int, share: float) -> int:
@@ -93,6 +118,12 @@ class UpdateSchedule:
     def steps(self) -> range:
         """The steps of all updates: multiples of `every` strictly between 0 and `end`."""
         return range(self.every, self.end, self.every)
+
+    def warn_if_empty(self, key: str) -> None:
+        """Warn (`NoEffectWarning`) where no update falls into the run of the method at `key`."""
+        if not self.steps:
+            text = f"{key}: no update falls into {self.total} steps (every {self.every}, until {self.end})"
+            warnings.warn(text, NoEffectWarning, 3)
 
     def is_update(self, step: int) -> bool:
         """True where an update is scheduled at `step`."""

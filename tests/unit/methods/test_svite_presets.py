@@ -19,7 +19,6 @@ from efftrain_ds.methods.svite.presets import (
     svite,
     svite_reference,
     topkast,
-    topkast_penalty,
 )
 from efftrain_ds.methods.svite.rules import ElementRule
 
@@ -94,7 +93,7 @@ def test_rigl():
     schedule = preset.schedule(1000, 10)
     assert (list(schedule.steps), schedule.fraction(0)) == ([100, 200, 300, 400, 500, 600, 700], 0.3)
     assert schedule.fraction(750) == 0
-    assert (preset.replaces_step, preset.moments) == (True, "reset")
+    assert preset.moments == "reset"
     weight, gradient = tensors(0)
     mask = random_mask(SHAPE, 150, generator())
     noisy = preset.rule.update(weight, gradient, mask, 40, generator())
@@ -255,15 +254,6 @@ def test_topkast_sets():
     wide = TopKastRule(0.9).update(weight, None, update.mask, 0)
     assert bool(wide.backward.all())
     assert int(rule.update(weight, None, update.mask, 0, None, 30).mask.sum()) == 30
-
-
-def test_topkast_penalty():
-    weight = torch.tensor([1.0, 2.0, 3.0, 4.0], requires_grad=True)
-    forward, backward = torch.tensor([0, 0, 0, 1]).bool(), torch.tensor([0, 1, 1, 1]).bool()
-    loss = topkast_penalty(weight, forward, backward)
-    assert loss.item() == pytest.approx((16 + (4 + 9) / 0.25) / 2)
-    loss.backward()
-    assert weight.grad.tolist() == [0, 8, 12, 4]
 
 
 def test_mest_scores_and_elastic_density():

@@ -66,7 +66,9 @@ def table():
     spec = importlib.util.spec_from_file_location("make_model_table", ROOT / "tools" / "make_model_table.py")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # where its dataclass looks for its own names
-    spec.loader.exec_module(module)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(ROOT / "tools"))  # as for a script
+        spec.loader.exec_module(module)
     return module
 
 
