@@ -1,10 +1,12 @@
-"""What a save costs: plain DeepSpeed, this package, and this package in the background, in turns in one run.
+"""What a save costs: plain DeepSpeed and this package in its three forms, in turns in one run.
 
     python benchmarks/checkpoint.py [--model vit_small_patch16_224] [--stages 0 2 3] [--rounds 7] [--out F]
 
 "pause" is the time for which training stands still, the slower rank counting; "durable" the time until the checkpoint
-is complete on disk (DeepSpeed does not sync its files, so its figure ends earlier than its durability). Without a GPU:
-gloo ranks and a ViT in bf16; every third save is of one kind, so that a slow moment of the disk hits all kinds alike.
+is complete on disk (DeepSpeed does not sync its files, so its figure ends earlier than its durability). "synchronous"
+waits for the disk, "sync" writes and lets threads wait for the disk (what compares with DeepSpeed's save), "background"
+copies and lets threads write. Without a GPU: gloo ranks and a ViT in bf16; every fourth save is of one kind, so that a
+slow moment of the disk hits all kinds alike.
 """
 
 from __future__ import annotations
@@ -22,7 +24,8 @@ from typing import Any
 
 from common import ROOT, launcher, own_environment, spread, store
 
-KINDS = ("deepspeed", "synchronous", "background")
+KINDS = ("deepspeed", "synchronous", "sync", "background")
+BACKGROUND: dict[str, Any] = {"synchronous": False, "sync": "sync", "background": True}
 
 
 def worker(name: str, stage: int, rounds: int, folder: str, out: str) -> None:
@@ -74,7 +77,7 @@ def worker(name: str, stage: int, rounds: int, folder: str, out: str) -> None:
             if kind == "deepspeed":
                 engine.deepspeed_engine.save_checkpoint(str(root), tag=f"step-{number}")
             else:
-                engine.save_checkpoint(root, tag=f"step-{number}", background=kind == "background")
+                engine.save_checkpoint(root, tag=f"step-{number}", background=BACKGROUND[kind])
             pause = slowest(time.monotonic() - start)
             if kind == "background":
                 beside.append(step())
@@ -118,8 +121,8 @@ def main() -> None:
     import torch
 
     ranks = min(args.ranks, torch.cuda.device_count() or args.ranks)
-    print("| stage | MB (DeepSpeed / ours) | step s | pause s: DeepSpeed | ours | background | durable s: ours |")
-    print("|---|---|---|---|---|---|---|")
+    print("| stage | MB (DeepSpeed / ours) | step s | pause s: DeepSpeed | waiting | sync | background | durable s |")
+    print("|---|---|---|---|---|---|---|---|")
     cases = []
     for stage in args.stages:
         with tempfile.TemporaryDirectory(dir=ROOT) as scratch:

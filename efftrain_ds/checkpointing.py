@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
@@ -153,7 +153,7 @@ class Checkpointing:
         exclude_frozen_parameters: bool = False,
         *,
         keep: int | None = None,
-        background: bool = False,
+        background: bool | Literal["sync"] = False,
         form: str = "efftrain",
     ) -> bool:
         """Save the whole state in the checkpoint store (plain tensors, any ZeRO stage and world size on load).
@@ -167,8 +167,9 @@ class Checkpointing:
             save_latest: point ``latest`` at it.
             exclude_frozen_parameters: only False is supported.
             keep: newest checkpoints to keep; None keeps all.
-            background: copy the state in host memory and go on while threads write it; `finish_saving`, the next save
-                or the next load tells how it went.
+            background: True copies the state in host memory and goes on while threads write it; "sync" writes it and
+                goes on while threads wait for the disk (no copy). `finish_saving`, the next save or the next load tells
+                how it went.
             form: "efftrain", or "deepspeed" for DeepSpeed's own files, for interchange only: they are pickles, nothing
                 checks them on load, and they fit one world size and ZeRO stage.
 
@@ -192,7 +193,7 @@ class Checkpointing:
         client_state: dict[str, Any] | None,
         save_latest: bool,
         keep: int | None,
-        background: bool,
+        background: bool | Literal["sync"],
         form: str,
     ) -> None:
         problem = self._finished()

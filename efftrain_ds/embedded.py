@@ -63,6 +63,8 @@ def embedded_schedule(
         space=getattr(model, "space", None),
     )
     schedule = merge_timelines([method.plan(spec) for method in methods], spec)
+    for method in methods:
+        method.check(schedule)
     if replays(schedule):
         raise ConfigError("efftrain.methods: a replay buffer needs the loader of launch/train.py; leave it out here")
     if any(stage.batch != spec.batch for stage in schedule.stages):

@@ -26,6 +26,7 @@ from .cost.memory import PRECISION_BYTES, module_activation_values, vit_activati
 from .cost.plan import PricedPlan, bandwidth_of, price
 from .cost.throughput import Measured, Throughput, machine_name, profile_key
 from .data import bundled
+from .data.holdout import hold_out
 from .data.labels import apply_labels, label_set
 from .data.manifest import MANIFEST, Manifest, load_manifest
 from .data.remote import open_data
@@ -61,7 +62,8 @@ def data_facts(config: LoadedConfig, samples: int | None = None) -> DataFacts:
                 f"efftrain.model.num_classes is {model.num_classes}, but {data.labels.target} "
                 f"(efftrain.data.labels.target) has {len(names)} classes"
             )
-    if (found is None or data.labels is not None) and (manifest := _manifest(config)) is not None:
+    mapped = data.labels is not None or data.hold_out is not None
+    if (found is None or mapped) and (manifest := _manifest(config)) is not None:
         found, names = manifest.kept, manifest.classes
     if names and model.num_classes is not None and model.num_classes < len(names):
         raise PlanError(
@@ -80,24 +82,40 @@ def data_facts(config: LoadedConfig, samples: int | None = None) -> DataFacts:
 
 
 def with_labels(manifest: Manifest, data: DataConfig, *, held_out: bool = False) -> Manifest:
-    """A split with the classes of ``efftrain.data.labels``, as it is where that is not given.
+    """A split with the classes of ``efftrain.data.labels`` and its part of ``efftrain.data.hold_out``.
+
+    Args:
+        manifest: the shards: of the training split, or with `held_out` those of `held_out_data`.
+        data: of the configuration.
+        held_out: the images that are evaluated on, else those that are trained on.
 
     Raises:
         ConfigError: unknown label set, other counts of classes, or classes that the target does not have.
+        ShardError: a class is too small to hold some of it out.
     """
     if data.labels is None:
-        return manifest
-    labels = data.labels
-    if not held_out:
-        return apply_labels(manifest, target=labels.target, source=labels.source, missing=labels.missing)
-    return apply_labels(
-        manifest,
-        target=labels.target,
-        source=labels.val_source,
-        missing=labels.val_missing or labels.missing,
-        source_key="val_source",
-        missing_key="val_missing",
-    )
+        labelled = manifest
+    elif held_out and data.hold_out is None:
+        labels = data.labels
+        return apply_labels(
+            manifest,
+            target=labels.target,
+            source=labels.val_source,
+            missing=labels.val_missing or labels.missing,
+            source_key="val_source",
+            missing_key="val_missing",
+        )
+    else:
+        labels = data.labels
+        labelled = apply_labels(manifest, target=labels.target, source=labels.source, missing=labels.missing)
+    if data.hold_out is None:
+        return labelled
+    return hold_out(labelled, data.hold_out)[1 if held_out else 0]
+
+
+def held_out_data(data: DataConfig) -> str | None:
+    """Where the shards are that are evaluated on; None = nowhere."""
+    return data.train if data.hold_out is not None else data.val
 
 
 def _manifest(config: LoadedConfig) -> Manifest | None:
@@ -106,10 +124,12 @@ def _manifest(config: LoadedConfig) -> Manifest | None:
     if is_remote(data.train):
         if data.samples is not None and config.efftrain.model.num_classes is not None:
             return None
-        index = data.labels is not None and data.labels.missing == "drop"  # how many are dropped stands in the index
+        # how many are dropped or held out stands in the index
+        index = data.hold_out is not None or (data.labels is not None and data.labels.missing == "drop")
         found = open_data(data.train, cache_dir=data.cache_dir, allow_pipe=data.allow_pipe, index=index)
         return with_labels(found, data)
-    path = Path(bundled.resolve(data.train) if data.labels is not None else data.train)
+    mapped = data.labels is not None or data.hold_out is not None
+    path = Path(bundled.resolve(data.train) if mapped else data.train)
     if data.train and (path.is_file() or (path / MANIFEST).is_file()):
         return with_labels(load_manifest(path), data)
     return None
@@ -324,6 +344,7 @@ def plan_spec(
         prefix=prefix,
         space=space,
         eval_resolution=data.eval_resolution or data.resolution,
+        mixing=data.mix_prob if data.mixup or data.cutmix else 0.0,
     )
 
 
@@ -359,7 +380,10 @@ def make_plan(
     facts = data_facts(config, samples)
     model = _ModelCost(config, facts.num_classes)
     spec = plan_spec(config, world=world, samples=facts.samples, num_classes=facts.num_classes)
-    plan = _price(config, merge_timelines([m.plan(spec) for m in methods], spec), model, methods, throughput)
+    schedule = merge_timelines([m.plan(spec) for m in methods], spec)
+    for method in methods:
+        method.check(schedule)
+    plan = _price(config, schedule, model, methods, throughput)
     others = [_price(config, s, model, methods, None).relative for s in _alternatives(methods, spec)]
     return replace(plan, range=(min(others), max(others))) if others else plan
 
@@ -379,6 +403,17 @@ def _alternatives(methods: Sequence[Method], spec: PlanSpec) -> list[Schedule]:
         for name, timelines in found.items()
         for timeline in timelines.values()
     ]
+
+
+def image_macs(config: LoadedConfig, sides: Sequence[int]) -> dict[int, int]:
+    """Forward MACs of one image of each side.
+
+    Raises:
+        ModelError: the model is unknown, or takes no images of some side.
+        PlanError: the number of classes is not known.
+    """
+    model = _ModelCost(config, data_facts(config).num_classes)
+    return {side: model.macs(side) for side in sides}
 
 
 def _price(

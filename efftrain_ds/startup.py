@@ -26,6 +26,7 @@ from .zero.blueprint import make_blueprint
 from .zero.ema import ShardedEma
 from .zero.groups import GroupPlan
 from .zero.rebuild import Rebuilder
+from .zero.shared_buffers import release_own_buffer
 
 
 def _resolve_config(args: Any, config: Any, config_params: Any) -> tuple[Any, Any]:
@@ -131,6 +132,7 @@ def initialize(
         config=copy.deepcopy(loaded.deepspeed) if changes else loaded.deepspeed,
         **common,
     )
+    release_own_buffer(torch.device(engine.device))
     if changes:  # said now, not at the first growth after hours
         why = access.unsupported(engine) or access.unreadable(engine)
         if why is not None:

@@ -24,7 +24,10 @@ def evaluate(
     variant: str | None = None,
     stop: Callable[[], bool] | None = None,
 ) -> dict[str, float] | None:
-    """Top-1, top-5 (where there are more than five classes) and cross-entropy on the whole held-out split.
+    """Means over the whole held-out split.
+
+    They are top-1, top-5 (where there are more than five classes) and cross-entropy, or what the method that owns the
+    loss measures instead (`Method.evaluate`).
 
     Args:
         engine: the `EfficientEngine`.
@@ -36,39 +39,41 @@ def evaluate(
         stop: asked before each batch, on all ranks; True breaks the evaluation off.
 
     Returns:
-        ``{"top1": share, "top5": share, "loss": mean}``, or None where it was broken off.
+        E.g. ``{"top1": share, "loss": mean, "top5": share}``, or None where it was broken off.
 
     Raises:
         ShardError: samples were lost or counted twice.
     """
-    counts = torch.zeros(3, dtype=torch.int64, device=engine.device)
-    loss = torch.zeros((), dtype=torch.float64, device="cpu")
-    classes = 0
+    owner = next((method for method in engine.methods if method.owns_loss), None)
+    names: list[str] = []
+    totals: torch.Tensor | None = None
     with engine.evaluating(ema=ema, variant=variant):
         for batch in loader:
             faults.point("eval.batch")
             if stop is not None and stop():
                 return None
             batch = prepare(batch)
-            logits = engine(batch.images).float()
-            classes = logits.shape[1]
-            valid = batch.valid
-            labels = torch.where(valid, batch.labels, 0)
-            top = logits.topk(min(5, classes), dim=1).indices == labels[:, None]
-            counts[0] += valid.sum()
-            counts[1] += (top[:, 0] & valid).sum()
-            counts[2] += (top.any(dim=1) & valid).sum()
-            each = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
-            loss += (each * valid).sum().double().cpu()
-    total = loss.to(engine.device)
+            values = owner.evaluate(engine.context, batch) if owner is not None else None
+            if values is None:
+                values = _classified(engine(batch.images).float(), batch)
+            names = list(values)
+            parts = [batch.valid.sum(), *(torch.where(batch.valid, each, 0).sum() for each in values.values())]
+            sums = torch.stack([part.double() for part in parts])
+            totals = sums if totals is None else totals + sums
+    assert totals is not None, "the loader has no batches"
     if dist.is_initialized() and dist.get_world_size() > 1:
-        dist.all_reduce(counts)
-        dist.all_reduce(total)
-    seen, top1, top5 = (int(v) for v in counts.tolist())
-    if seen != samples:
-        raise ShardError(f"evaluation saw {seen} samples, the split has {samples}")
+        dist.all_reduce(totals)
+    count, *found = totals.tolist()
+    if int(count) != samples:
+        raise ShardError(f"evaluation saw {int(count)} samples, the split has {samples}")
     prefix = f"{variant + '_' if variant else ''}{'ema_' if ema else ''}"
-    results = {f"{prefix}top1": top1 / seen, f"{prefix}loss": float(total) / seen}
-    if classes > 5:
-        results[f"{prefix}top5"] = top5 / seen
-    return results
+    return {f"{prefix}{name}": total / count for name, total in zip(names, found, strict=True)}
+
+
+def _classified(logits: torch.Tensor, batch: Batch) -> dict[str, torch.Tensor]:
+    """Top-1, cross-entropy and top-5 of every sample, from logits [N, K]."""
+    labels = torch.where(batch.valid, batch.labels, 0)
+    classes = logits.shape[1]
+    top = logits.topk(min(5, classes), dim=1).indices == labels[:, None]
+    values = {"top1": top[:, 0], "loss": torch.nn.functional.cross_entropy(logits, labels, reduction="none")}
+    return values | {"top5": top.any(dim=1)} if classes > 5 else values

@@ -17,6 +17,7 @@ from .core.ranks import gather
 from .data.labels import label_set, positions_of
 from .models.adapters import no_weight_decay_groups
 from .models.layer_decay import layer_decay_groups
+from .models.mae_weights import encoder_weights, is_masked_autoencoder
 from .models.weights import KEY, TIMM, Loaded, read_file, read_timm, start_from
 
 
@@ -42,6 +43,8 @@ def initial_weights(model: nn.Module, config: LoadedConfig, classes: Sequence[st
         return None
     rows = head_rows(init, config, classes) if init.head == "map" else None
     weights, source = _read(init)
+    if is_masked_autoencoder(weights):
+        weights, source = encoder_weights(weights, model), f"{source} (of a masked autoencoder)"
     found = start_from(model, weights, source=source, head=init.head, rows=rows, head_scale=init.head_scale)
     digests = gather(found.digest)
     if len(set(digests)) > 1:

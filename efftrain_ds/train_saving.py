@@ -113,7 +113,7 @@ class Saver:
                 "config": json.dumps(self.config.resolved()),
                 **self._client(),
             }
-            background = self.settings.background and not required
+            background = False if required else self.settings.background
             self.engine.save_checkpoint(
                 self.folder, client_state=client, keep=self.settings.keep, background=background
             )

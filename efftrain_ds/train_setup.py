@@ -42,10 +42,11 @@ from .engine import EfficientEngine
 from .lr_schedule import ProgressLR
 from .models.adapters import accepts_sizes, create_model
 from .models.weights import Loaded
-from .planning import make_plan, precision_of, with_labels, zero_stage_of
+from .planning import held_out_data, make_plan, precision_of, with_labels, zero_stage_of
 from .startup import initialize
 from .train_init import initial_weights, parameter_groups
 from .train_saving import checkpoint_of
+from .zero.shared_buffers import release_own_buffer
 
 logger = logging.getLogger(__name__)
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -98,7 +99,9 @@ def start_processes(config: LoadedConfig) -> tuple[int, int, torch.device]:
         accelerator.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     with _telling_while_waiting():
         deepspeed.init_distributed(accelerator.communication_backend_name(), verbose=False)
-    return dist.get_rank(), dist.get_world_size(), torch.device(accelerator.current_device_name())
+    device = torch.device(accelerator.current_device_name())
+    release_own_buffer(device)
+    return dist.get_rank(), dist.get_world_size(), device
 
 
 @contextmanager
@@ -198,7 +201,8 @@ def build(
     data = section.data
     remote = {"cache_dir": data.cache_dir, "cache_gb": data.cache_gb, "allow_pipe": data.allow_pipe}
     train_manifest = with_labels(open_data(data.train, **remote), data)
-    val_manifest = with_labels(open_data(data.val, **remote), data, held_out=True) if data.val is not None else None
+    held_out = held_out_data(data)
+    val_manifest = with_labels(open_data(held_out, **remote), data, held_out=True) if held_out is not None else None
     num_classes = section.model.num_classes or len(train_manifest.classes)
     methods = build_methods(config)
     profile = _profile(output / "throughput.json", config, world)

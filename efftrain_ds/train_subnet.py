@@ -1,25 +1,27 @@
 """``efftrain search subnet``: the best sub-network of a trained supernet within MACs, parameters or a latency.
 
 No weight is trained. The supernet comes from the newest checkpoint of the run; candidates are compared on fixed images
-that are not of the held-out split, and only the winner is evaluated on that.
+that are not of the held-out split, and only the winner is evaluated on that. Where a part of the training shards is
+held out (efftrain.data.hold_out), that part compares them.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from .checkpoint.reader import AVERAGE, Checkpoint
 from .checkpoint.survey import newest
 from .config.loader import LoadedConfig, build_methods
 from .core.errors import CheckpointError, ConfigError
+from .core.ranks import from_first
 from .data.augment.chain import normalize
 from .data.evaluation import EvalLoader
 from .data.manifest import Manifest
@@ -27,19 +29,22 @@ from .data.remote import open_data
 from .methods.elasticvit.bank import MemoryBank
 from .methods.elasticvit.calibrate import batch_norms
 from .methods.elasticvit.config import KEY, ElasticViTConfig, levels_of
-from .methods.elasticvit.evolution import pareto
 from .methods.elasticvit.levels import macs_text
+from .methods.elasticvit.limits import Limit
 from .methods.elasticvit.search import Labelled, Scorer, Search, from_first_only, limits_of
 from .models.adapters import create_model
 from .models.elastic import save_extracted
 from .models.elastic.named import space_of
 from .observe.console import Console
-from .planning import with_labels
+from .observe.report.figures import to_png
+from .observe.report.subnets import RESULT, TABLE, FoundSubnet, pareto_figure
+from .observe.tensorboard import TensorBoard
+from .planning import held_out_data, with_labels
 from .train_setup import start_processes
 
 logger = logging.getLogger(__name__)
 
-SUBNET, TABLE, REPORT, PLOT = "subnet.safetensors", "evaluated.json", "subnet.json", "pareto.png"
+SUBNET, PLOT, BOARD = "subnet.safetensors", "pareto.png", "tensorboard"
 _BATCH = 128
 
 
@@ -60,6 +65,34 @@ def check_subnet_search(config: LoadedConfig) -> ElasticViTConfig:
     return settings
 
 
+def load_supernet(config: LoadedConfig, found: Checkpoint, num_classes: int, *, average: bool) -> nn.Module:
+    """The supernet of a configuration with the weights of a checkpoint, frozen, in evaluation mode, on the host.
+
+    Args:
+        config: the loaded file.
+        found: the checkpoint.
+        num_classes: of the run.
+        average: take the average of the weights.
+
+    Raises:
+        CheckpointError: its parameters are others, or it has no average.
+    """
+    model, resolution = config.efftrain.model, config.efftrain.data.resolution
+    net = create_model(model.name, resolution=resolution, num_classes=num_classes, **model.kwargs)
+    own = {name: list(parameter.shape) for name, parameter in net.named_parameters()}
+    stored = found.shapes | found.frozen
+    wrong = sorted(name for name in {*own, *stored} if own.get(name) != stored.get(name))
+    if wrong:
+        raise CheckpointError(
+            f"{found.folder}: {wrong[0]} is {stored.get(wrong[0])}, {model.name} of this configuration has "
+            f"{own.get(wrong[0])}"
+        )
+    with torch.no_grad():
+        for name, parameter in net.named_parameters():
+            parameter.copy_(found.parameter(name, average=average))
+    return net.requires_grad_(False).eval()
+
+
 class SubnetSearch:
     """A search from start to end. Collective.
 
@@ -67,6 +100,10 @@ class SubnetSearch:
         config: the loaded file; `check_subnet_search` holds.
         output: folder of what is found; None takes "search" in the run's output.
         checkpoint: to search on; None takes the newest of the run.
+
+    Attributes:
+        net: the supernet, on this rank's device.
+        scorer: of sub-networks on the images of the search.
 
     Raises:
         EffTrainError: whatever is wrong with configuration, data or checkpoint.
@@ -85,7 +122,7 @@ class SubnetSearch:
         data = section.data
         self._remote = {"cache_dir": data.cache_dir, "cache_gb": data.cache_gb, "allow_pipe": data.allow_pipe}
         self.config = config
-        train = self._open(self.search.data or data.train, held_out=False)
+        train = self._open(data.train)
         num_classes = section.model.num_classes or len(train.classes)
         space = space_of(section.model.name, section.model.kwargs, num_classes)
         if space is None:
@@ -93,36 +130,17 @@ class SubnetSearch:
         self.space, self.num_classes = space, num_classes
         self.levels = levels_of(self.settings, space)
         self.average = AVERAGE in self.found.keys if self.search.average is None else self.search.average
-        self.net = self._supernet()
+        self.net = load_supernet(config, self.found, num_classes, average=self.average).to(self.device)
         calibration, images = self._images(train)
-        self.scorer = Scorer(self.net, self._ready, calibration, images)
+        self.scorer = Scorer(self.net, self.ready, calibration, images)
 
     # -- parts ---------------------------------------------------------------------------------------------------
 
-    def _open(self, where: str, *, held_out: bool) -> Manifest:
-        return with_labels(open_data(where, **self._remote), self.config.efftrain.data, held_out=held_out)
-
-    def _supernet(self) -> torch.nn.Module:
-        """The supernet with the weights of the checkpoint.
-
-        Raises:
-            CheckpointError: its parameters are others.
-        """
-        model = self.config.efftrain.model
-        resolution = self.config.efftrain.data.resolution
-        net = create_model(model.name, resolution=resolution, num_classes=self.num_classes, **model.kwargs)
-        own = {name: list(parameter.shape) for name, parameter in net.named_parameters()}
-        stored = self.found.shapes | self.found.frozen
-        wrong = sorted(name for name in {*own, *stored} if own.get(name) != stored.get(name))
-        if wrong:
-            raise CheckpointError(
-                f"{self.found.folder}: {wrong[0]} is {stored.get(wrong[0])}, {model.name} of this configuration has "
-                f"{own.get(wrong[0])}"
-            )
-        with torch.no_grad():
-            for name, parameter in net.named_parameters():
-                parameter.copy_(self.found.parameter(name, average=self.average))
-        return net.requires_grad_(False).eval().to(self.device)
+    def _open(self, where: str, *, held_out: bool = False, whole: bool = False) -> Manifest:
+        """Shards with the run's labels; `whole` leaves nothing out for an evaluation."""
+        data = self.config.efftrain.data
+        data = data.model_copy(update={"hold_out": None}) if whole else data
+        return with_labels(open_data(where, **self._remote), data, held_out=held_out)
 
     def _loader(self, manifest: Manifest, limit: int | None, *, shared: bool) -> EvalLoader:
         """Images as in an evaluation: this rank's, or all of them on every rank."""
@@ -141,40 +159,77 @@ class SubnetSearch:
             strict=shared,
         )
 
-    def _images(self, manifest: Manifest) -> tuple[list[Labelled], list[Labelled]]:
+    def _images(self, train: Manifest) -> tuple[list[Labelled], list[Labelled]]:
         """(images for batch normalisation, others on which sub-networks are compared), evenly spaced.
 
         Raises:
             ConfigError: the shards have fewer images.
         """
-        wanted = self.search.calibrate if batch_norms(self.net) else 0
-        total = wanted + self.search.images
-        if total > manifest.kept:
-            raise ConfigError(
-                f"{KEY}.search: calibrate {wanted} and images {self.search.images} are more than the "
-                f"{manifest.kept:,} images there are"
+        wanted, compared = self.search.calibrate if batch_norms(self.net) else 0, self.search.images
+        if self.search.data is None and self.config.efftrain.data.hold_out is None:
+            self._enough(train, wanted + compared, f"calibrate {wanted} and images {compared}")
+            every, labels = self._read(train, wanted + compared)
+            # spread over all of them alike, as neighbours are of one class where shards are sorted
+            places = torch.arange(len(every))
+            for_norms = (places + 1) * wanted // len(every) > places * wanted // len(every)
+            return self._batches(every[for_norms], labels[for_norms]), self._batches(
+                every[~for_norms], labels[~for_norms]
             )
-        loader = self._loader(manifest, total, shared=False)
-        images, labels = [], []
-        for batch in loader:
-            keep = batch.valid
-            images.append(batch.images[keep])
-            labels.append(batch.labels[keep])
-        loader.close()
-        every, targets = torch.cat(images), torch.cat(labels)
-        # spread over all of them alike, as neighbours are of one class where shards are sorted
-        places = torch.arange(len(every))
-        for_norms = (places + 1) * wanted // len(every) > places * wanted // len(every)
+        if self.search.data is not None:
+            other = self._open(self.search.data, whole=True)
+        else:
+            other = self._open(self.config.efftrain.data.train, held_out=True)
+        self._enough(train, wanted, f"calibrate {wanted}")
+        self._enough(other, compared, f"images {compared}")
+        return self._batches(*self._read(train, wanted)), self._batches(*self._read(other, compared))
+
+    def _enough(self, manifest: Manifest, count: int, what: str) -> None:
+        if count > manifest.kept:
+            raise ConfigError(
+                f"{KEY}.search: {what} are more than the {manifest.kept:,} images there are in {manifest.folder}"
+            )
+
+    def _read(self, manifest: Manifest, count: int) -> Labelled:
+        """`count` images of a data set, evenly spaced, without those that cannot be read."""
+        images, labels = [torch.empty(0, dtype=torch.uint8)], [torch.empty(0, dtype=torch.long)]
+        if count:
+            loader = self._loader(manifest, count, shared=False)
+            for batch in loader:
+                images.append(batch.images[batch.valid])
+                labels.append(batch.labels[batch.valid])
+            loader.close()
+        return torch.cat(images[1:] or images), torch.cat(labels)
+
+    def _batches(self, images: Tensor, labels: Tensor) -> list[Labelled]:
         size = self.config.efftrain.data.eval_batch or _BATCH
+        return list(zip(images.split(size), labels.split(size), strict=True)) if len(images) else []
 
-        def batches(mask: Tensor) -> list[Labelled]:
-            return list(zip(every[mask].split(size), targets[mask].split(size), strict=True)) if mask.any() else []
-
-        return batches(for_norms), batches(~for_norms)
-
-    def _ready(self, images: Tensor) -> Tensor:
+    def ready(self, images: Tensor) -> Tensor:
+        """Images [B, C, H, W] uint8 as the supernet takes them, on its device."""
         data = self.config.efftrain.data
         return normalize(images.to(self.device), data.mean, data.std, torch.float32)
+
+    def _input(self, side: int) -> dict[str, Any]:
+        """How an image becomes an input: scaled so that the centre crop has the side of the data, then to `side`."""
+        data = self.config.efftrain.data
+        return {
+            "size": [getattr(self.space, "in_chans", 3), side, side],
+            "loaded": data.eval_resolution or data.resolution,
+            "crop": data.eval_crop,
+            "interpolation": data.interpolation,
+            "mean": list(data.mean),
+            "std": list(data.std),
+        }
+
+    def _part(self) -> str | None:
+        """Which part of the training shards is held out, in words; None where nothing is."""
+        hold_out = self.config.efftrain.data.hold_out
+        return None if hold_out is None else f"held out {hold_out.text()}, seed {hold_out.seed}"
+
+    def labelled(self, where: str) -> list[Labelled]:
+        """All images of some shards, in memory, loaded as in an evaluation."""
+        manifest = self._open(where, held_out=True, whole=True)
+        return self._batches(*self._read(manifest, manifest.kept))
 
     def _seeds(self) -> list[Any]:
         """Entries of the memory bank of the checkpoint, the best first."""
@@ -199,7 +254,7 @@ class SubnetSearch:
             "checkpoint": found.folder.name,
             "step": found.step,
             "average": self.average,
-            "images": [config.images, config.calibrate, config.data],
+            "images": [config.images, config.calibrate, config.data or self._part()],
         }
         # measured latencies are asked for on one rank only
         limits = from_first_only(lambda: limits_of(config, self.space, self.levels.formula)) or []
@@ -221,6 +276,7 @@ class SubnetSearch:
         )
         best = searched.run()
         score = searched.scores.get(best)
+        latency = from_first(lambda: self._latency_of(limits, best))
         self.scorer.prepare(best)
         held_out = self._held_out()
         result = {
@@ -228,32 +284,50 @@ class SubnetSearch:
             "config": best.to_dict(),
             "macs": self.space.macs(best),
             "params": self.space.params(best),
+            **latency,
             "search_top1": score.top1 if score else None,
             "search_loss": score.loss if score else None,
             **held_out,
             **origin,
             "evaluations": len(searched.scores),
             "algorithm": config.algorithm,
+            "score": config.score,
             "seed": config.seed,
+            "input": self._input(best.resolution),
             "limits": config.model_dump(include={"macs", "params", "latency", "latency_from"}),
         }
         if self.rank == 0:
-            self._write(searched, best, result)
+            self._write(searched.table(), best, result)
         return result
 
-    def _held_out(self) -> dict[str, float]:
-        """The winner, as it is set, on the held-out split; empty without one. Collective."""
-        data = self.config.efftrain.data
-        if data.val is None:
+    def _latency_of(self, limits: list[Limit], config: Any) -> dict[str, Any]:
+        """Latency of a sub-network with its unit and device, where it was limited; else nothing."""
+        found = next((limit for limit in limits if not limit.cheap), None)
+        if found is None:
             return {}
-        loader = self._loader(self._open(data.val, held_out=True), None, shared=True)
+        value = float(found.measure(self.space.codes(config)[None])[0])
+        words = {"latency": value, "latency_unit": found.unit, "latency_device": found.name.partition(" on ")[2]}
+        if self.search.latency_from != "onnxruntime":
+            return words
+        from .methods.elasticvit.latency_ort import OrtLatency
+
+        # the search adds up measured blocks; the choice alone is measured as a whole
+        return {**words, "latency_whole": OrtLatency(self.space).predict(config)}
+
+    def _held_out(self) -> dict[str, float]:
+        """The winner, as it is set, on images that had no part in the search; empty without any. Collective."""
+        data = self.config.efftrain.data
+        where = held_out_data(data)
+        if where is None or (data.hold_out is not None and self.search.data is None):
+            return {}
+        loader = self._loader(self._open(where, held_out=True), None, shared=True)
         sums = torch.zeros(3, dtype=torch.float64, device=self.device)
         with torch.no_grad():
             for batch in loader:
                 keep = batch.valid
                 if not keep.any():
                     continue
-                logits = self.net(self._ready(batch.images[keep])).float()
+                logits = self.net(self.ready(batch.images[keep])).float()
                 labels = batch.labels[keep].to(self.device)
                 sums[0] += (logits.argmax(1) == labels).sum()
                 sums[1] += torch.nn.functional.cross_entropy(logits, labels, reduction="sum").double()
@@ -263,42 +337,53 @@ class SubnetSearch:
             dist.all_reduce(sums)
         return {"val_top1": float(sums[0] / sums[2]), "val_loss": float(sums[1] / sums[2])}
 
-    def _write(self, searched: Search, best: Any, result: dict[str, Any]) -> None:
-        table = searched.table()
+    def _write(self, table: list[dict[str, Any]], best: Any, result: dict[str, Any]) -> None:
         net = self.space.extract(self.net.cpu(), best).eval()
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             save_extracted(self.folder / SUBNET, net, self.space, best)
-            (self.folder / REPORT).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+            (self.folder / RESULT).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
             (self.folder / TABLE).write_text(json.dumps(table) + "\n", encoding="utf-8")
-            plot(table, result, self.folder / PLOT)
+            to_png(pareto_figure([FoundSubnet(self.folder.name, result, table)]), self.folder / PLOT)
+            if self.config.efftrain.observe.tensorboard:
+                self._to_tensorboard(table)
         except OSError as error:
             raise ConfigError(f"--output: cannot write {self.folder}: {error}") from error
         held = f", held out {100 * result['val_top1']:.2f}%" if "val_top1" in result else ""
+        timed = f", {result['latency']:.4g} {result['latency_unit']}" if "latency" in result else ""
+        timed += f" (as a whole {result['latency_whole']:.4g})" if "latency_whole" in result else ""
         self.console.write(
-            f"best     {macs_text(result['macs'])} MACs, {result['params']:,} parameters, "
+            f"best     {macs_text(result['macs'])} MACs, {result['params']:,} parameters{timed}, "
             f"top1 {100 * (result['search_top1'] or 0):.2f}% in the search{held}\n"
-            f"written  {self.folder}: {SUBNET}, {REPORT}, {TABLE}, {PLOT}"
+            f"         {_shape(best)}\n"
+            f"written  {self.folder}: {SUBNET}, {RESULT}, {TABLE}, {PLOT}\n"
+            f"export   efftrain export {self.folder / SUBNET} --output DIR --format onnx"
         )
 
+    def _to_tensorboard(self, table: list[dict[str, Any]]) -> None:
+        """The picture, and each score and the best so far over the number of evaluations."""
+        from PIL import Image
 
-def plot(table: Sequence[dict[str, Any]], result: dict[str, Any], path: Path) -> None:
-    """Top-1 over MACs of all evaluated sub-networks, the best for each cost joined, the winner marked."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+        board = TensorBoard(self.folder / BOARD, purge_step=0)
+        best = 0.0
+        for count, row in enumerate(table, 1):
+            best = max(best, row["top1"])
+            board.scalars({"search/top1": row["top1"], "search/best_top1": best, "search/loss": row["loss"]}, count)
+        with Image.open(self.folder / PLOT) as picture:
+            board.image("search/pareto", np.asarray(picture.convert("RGB")), len(table))
+        board.close()
 
-    costs, scores = [row["macs"] / 1e6 for row in table], [100 * row["top1"] for row in table]
-    figure = Figure(figsize=(6, 4), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    axes.scatter(costs, scores, s=6, alpha=0.4, linewidths=0, label="evaluated")
-    front = pareto(costs, scores)
-    axes.plot([costs[j] for j in front], [scores[j] for j in front], drawstyle="steps-post", label="best at this cost")
-    axes.scatter([result["macs"] / 1e6], [100 * result["search_top1"]], marker="*", s=120, label="chosen", zorder=3)
-    axes.set_xlabel("MACs of one image (M)")
-    axes.set_ylabel("top-1 on the images of the search (%)")
-    axes.legend()
-    figure.savefig(path)
+
+def _shape(config: Any) -> str:
+    """A sub-network in a line, sizes of stages or layers joined: ``"24 px, widths 8-12-24-48, depths 1-1-2-1"``."""
+    names = ("widths", "depths", "width", "depth", "heads", "mlp")
+    words = [f"{config.resolution} px"]
+    for name in names:
+        value = getattr(config, name, None)
+        if value is not None:
+            sizes = value if isinstance(value, tuple) else (value,)
+            words.append(f"{name} {'-'.join(f'{size:g}' for size in sizes)}")
+    return ", ".join(words)
 
 
 def run_subnet_search(

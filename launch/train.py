@@ -2,7 +2,7 @@
 
 On one machine:    deepspeed launch/train.py --ds_config ds_configs/X.json
 On many nodes:     deepspeed --hostfile hostfile launch/train.py --ds_config ds_configs/X.json
-A search alone:    deepspeed launch/train.py --ds_config ds_configs/X.json --search growth (or subnet)
+A search alone:    deepspeed launch/train.py --ds_config ds_configs/X.json --search growth (or subnet, curriculum)
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import traceback
 from pathlib import Path
 
 from efftrain_ds.cli.args import add_config_arguments
-from efftrain_ds.cli.search import SEARCHES, add_output_argument
+from efftrain_ds.cli.search import SEARCHES, add_dry_run_argument, add_output_argument
 from efftrain_ds.core.errors import ConfigError, EffTrainError, ModelError, PlanError
 
 WAIT_FOR_THE_FIRST = 10.0
@@ -47,7 +47,10 @@ def main() -> int:
         help="run only this search, without the training between its stages, and write what it chose",
     )
     add_output_argument(parser, "--search_output")
+    add_dry_run_argument(parser)
     arguments = parser.parse_args()
+    if arguments.dry_run and arguments.search != "curriculum":
+        parser.error("--dry_run belongs to --search curriculum; efftrain plan FILE prices a run")
     rank = int(os.environ.get("RANK", "0"))
     world = int(os.environ.get("WORLD_SIZE", "1"))
     config = None
@@ -60,6 +63,10 @@ def main() -> int:
                 from efftrain_ds.train_subnet import run_subnet_search
 
                 run_subnet_search(config, arguments.search_output)
+            elif arguments.search == "curriculum":
+                from efftrain_ds.train_curriculum import run_curriculum_search
+
+                run_curriculum_search(config, arguments.search_output, dry_run=arguments.dry_run)
             else:
                 from efftrain_ds.train_search import run_search
 

@@ -1,4 +1,4 @@
-"""Writing a checkpoint beside the training: copied in host memory first, then written by a thread of each rank.
+"""Finishing a checkpoint beside the training, by a thread of each rank: from a copy in host memory, or only the sync.
 
 No collective runs in these threads. Each rank leaves a receipt in the folder when its files are on disk (or a refusal
 when they are not); rank 0 waits for all receipts and seals the checkpoint, so ``latest`` moves only after every rank
@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 from .folder import receipt_name
-from .writer import Part, write_parts
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +30,7 @@ class BackgroundSave:
     Args:
         partial: temporary folder, already there.
         final: what it becomes.
-        parts: files of this rank, owned by this object.
+        write: brings the files of this rank to disk and gives their manifest entries.
         rank: this rank.
         world: number of ranks.
         seal: called on rank 0 with the manifest entries of all ranks.
@@ -41,7 +40,7 @@ class BackgroundSave:
         self,
         partial: Path,
         final: Path,
-        parts: list[Part],
+        write: Callable[[], list[dict[str, Any]]],
         rank: int,
         world: int,
         seal: Callable[[list[dict[str, Any]]], None],
@@ -50,7 +49,8 @@ class BackgroundSave:
         self.rank, self.world = rank, world
         self.error: str | None = None
         self.seconds: float | None = None
-        self._parts, self._seal = parts, seal
+        self._write: Callable[[], list[dict[str, Any]]] | None = write
+        self._seal = seal
         self._stop, self._written = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._run, name=f"save {final.name}", daemon=True)
         self._thread.start()
@@ -78,7 +78,8 @@ class BackgroundSave:
     def _run(self) -> None:
         start = time.monotonic()
         try:
-            entries = write_parts(self.partial, self._parts)
+            assert self._write is not None
+            entries = self._write()
             self._leave({"entries": entries})
             self._written.set()
             if self.rank == 0:
@@ -89,7 +90,7 @@ class BackgroundSave:
             self._refuse()
         finally:
             self._written.set()
-            self._parts = []
+            self._write = None  # and the memory it holds
             self.seconds = time.monotonic() - start
 
     def _refuse(self) -> None:

@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import deepspeed
 import torch
@@ -24,7 +24,7 @@ from .folder import free_space, name_of, newest_good, prune, recover, seal, veri
 from .plain import from_plain, to_plain
 from .random_state import plain_rng_state, set_plain_rng_state
 from .shards import ShardReader, rank_parts, read_into, read_tensors
-from .writer import Part, write_parts
+from .writer import Part, write_parts, write_unsynced
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +55,7 @@ def save(
     tag: str | None = None,
     keep: int | None = None,
     latest: bool = True,
-    background: bool = False,
+    background: bool | Literal["sync"] = False,
     buffers: dict[str, Tensor] | None = None,
 ) -> BackgroundSave | None:
     """Write a checkpoint of a DeepSpeedEngine between two optimizer steps.
@@ -69,8 +69,9 @@ def save(
         tag: folder name.
         keep: newest checkpoints to keep; None keeps all.
         latest: point ``latest`` at the new checkpoint.
-        background: copy the state in host memory and let threads write it; `finish` tells how it went.
-        buffers: with `background`, host memory of the save before, to be used again; the save before is finished.
+        background: True copies the state in host memory and lets threads write it, "sync" writes it and lets threads
+            wait for the disk; `finish` tells how it went.
+        buffers: with `background` True, host memory of the save before, to be used again; the save before is finished.
 
     Returns:
         What `finish` takes, with `background`.
@@ -100,7 +101,7 @@ def save(
         frozen_values = {name: p.detach().cpu().clone() for name, p in frozen} if rank == 0 else {}
     try:
         parts = _parts(engine, rank, world, step, extra, ema, frozen_values)
-        if background:
+        if background is True:
             parts = [part.owned({} if buffers is None else buffers) for part in parts]
     except Exception as problem:  # whatever it is, the other ranks must hear of it instead of waiting
         error = ranks.text_of(problem)
@@ -108,12 +109,19 @@ def save(
     sizes = ranks.gather(sum(part.nbytes for part in parts))
     if not problems:
         problems = ranks.problems(ranks.problem_of(lambda: _begin(root, partial, sum(sizes)) if rank == 0 else None))
-    if not problems and background:
-        return BackgroundSave(partial, final, parts, rank, world, finished)
-    if not problems:
+    if not problems and background is True:
+        return BackgroundSave(partial, final, lambda: write_parts(partial, parts), rank, world, finished)
+    if not problems and background == "sync":
+        settle: list[Callable[[], list[dict[str, Any]]]] = []
+        problems = ranks.problems(ranks.problem_of(lambda: settle.append(write_unsynced(partial, parts))))
+        if not problems:
+            return BackgroundSave(partial, final, settle[0], rank, world, finished)
+        for close in settle:
+            ranks.problem_of(close)
+    if not problems and not background:
         written: list[dict[str, Any]] = []
         problems = ranks.problems(ranks.problem_of(lambda: written.extend(write_parts(partial, parts))))
-    if not problems:
+    if not problems:  # nothing is left to a thread
         entries = [entry for of_rank in ranks.gather(written) for entry in of_rank]
         problems = ranks.problems(ranks.problem_of(lambda: finished(entries) if rank == 0 else None))
     if problems:

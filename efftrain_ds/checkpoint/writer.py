@@ -111,8 +111,38 @@ def write_parts(folder: Path, parts: Sequence[Part]) -> list[dict[str, Any]]:
             return [finish() for finish in pending]
 
 
+def write_unsynced(folder: Path, parts: Sequence[Part]) -> Callable[[], list[dict[str, Any]]]:
+    """Write and hash files, and leave it to the caller to wait for the disk.
+
+    The tensors may change afterwards. The files are as lasting as DeepSpeed's are after a save: the operating system
+    has them, a loss of power may still take them.
+
+    Returns:
+        A function that syncs and closes the files and gives their manifest entries; to be called once, by any thread.
+
+    Raises:
+        OSError: the disk refuses.
+        CheckpointError: a tensor of a type that the format does not have.
+    """
+    with ExitStack() as stack:
+        streams = [stack.enter_context((folder / part.name).open("wb")) for part in parts]
+        with ThreadPoolExecutor(1) as hasher:
+            pending = [_write(stream, part, hasher, None) for stream, part in zip(streams, parts, strict=True)]
+            entries = [finish() for finish in pending]
+        files = stack.pop_all()
+
+    def settle() -> list[dict[str, Any]]:
+        with files:
+            faults.point("save.before_sync")
+            for stream in streams:
+                os.fsync(stream.fileno())
+        return entries
+
+    return settle
+
+
 def _write(
-    stream: BufferedWriter, part: Part, hasher: ThreadPoolExecutor, syncer: ThreadPoolExecutor
+    stream: BufferedWriter, part: Part, hasher: ThreadPoolExecutor, syncer: ThreadPoolExecutor | None
 ) -> Callable[[], dict[str, Any]]:
     """Write one file; what is returned waits for the digest and gives the manifest entry."""
     faults.point("save.rank_file")
@@ -128,7 +158,7 @@ def _write(
         stream.write(block)
         size += len(block)
         unsynced += len(block)
-        if unsynced >= _BLOCK and (syncing is None or syncing.done()):
+        if syncer is not None and unsynced >= _BLOCK and (syncing is None or syncing.done()):
             syncing, unsynced = syncer.submit(os.fdatasync, stream.fileno()), 0
     stream.flush()
 

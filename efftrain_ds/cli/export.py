@@ -84,9 +84,21 @@ def _subnet(args: argparse.Namespace) -> int:
     from ..core.text import bytes_text
     from .screen import facts
 
-    rows = [("sub-network", f"{result['subnet']}, {result['macs']:,} MACs, {result['parameters']:,} parameters")]
-    rows += [("written", f"{args.output}/{name}  {bytes_text(size)}") for name, size in result["files"].items()]
+    side, inputs = result["config"]["resolution"], result["input"]
+    rows = [
+        ("subnet", f"{result['subnet']}, {result['macs']:,} MACs, {result['parameters']:,} parameters"),
+        ("input", f"{side} px, mean and std of the data: not known, subnet.json does not stand beside the weights"),
+    ]
+    if inputs is not None:
+        mean, std = (", ".join(f"{value:g}" for value in inputs[key]) for key in ("mean", "std"))
+        rows[1] = ("input", f"{side} px, mean {mean}, std {std}, {inputs['interpolation']}, crop {inputs['crop']:g}")
+    names = [("", f"{args.output}/{name}  {bytes_text(size)}") for name, size in result["files"].items()]
+    rows += [("written", names[0][1]), *names[1:]]
     rows += [("checked", f"{what}: largest difference {value:.1g}") for what, value in result["checks"].items()]
+    if "config.json" in result["files"]:
+        rows.append(("load", f'timm.create_model("local-dir:{args.output}", pretrained=True)'))
+    if "model.onnx" in result["files"]:
+        rows.append(("load", f'onnxruntime.InferenceSession("{args.output}/model.onnx")'))
     print("\n".join(facts(rows)))
     return 0
 

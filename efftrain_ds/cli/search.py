@@ -7,14 +7,14 @@ from typing import Any
 
 from .args import add_set_argument
 
-SEARCHES = ("growth", "subnet")
+SEARCHES = ("growth", "subnet", "curriculum")
 """What can be searched."""
 
 
 def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     """Add the verb to the command's subparsers."""
     parser = subparsers.add_parser("search", help="run a method's search alone and print what it chose")
-    verbs = parser.add_subparsers(dest="search_verb", required=True, metavar="growth|subnet")
+    verbs = parser.add_subparsers(dest="search_verb", required=True, metavar="|".join(SEARCHES))
     growth = verbs.add_parser(
         "growth",
         help="AutoProg's growth schedule",
@@ -40,6 +40,18 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     )
     add_output_argument(subnet, "--output", "folder of the results (default: search in the run's output folder)")
     subnet.set_defaults(func=run_subnet)
+    curriculum = verbs.add_parser(
+        "curriculum",
+        help="EfficientTrain's schedule for your own model and shards",
+        description="Print what the search of efftrain.methods.efficienttrain.search costs, run it in one process, and "
+        "write the schedule as a configuration that can be started. The same command goes on with a search that was "
+        "stopped. On several ranks: deepspeed launch/train.py --ds_config FILE --search curriculum",
+    )
+    curriculum.add_argument("file", metavar="FILE", help="DeepSpeed JSON with efftrain.methods.efficienttrain.search")
+    add_set_argument(curriculum)
+    add_output_argument(curriculum, "--output", "folder of the search (default: curriculum in the run's output folder)")
+    add_dry_run_argument(curriculum)
+    curriculum.set_defaults(func=run_curriculum)
     return parser
 
 
@@ -49,6 +61,11 @@ _GROWTH_OUTPUT = "JSON file of the schedule (default: search/growth.json in the 
 def add_output_argument(parser: argparse.ArgumentParser, name: str, text: str = _GROWTH_OUTPUT) -> None:
     """Add where the result goes, as `search_output`."""
     parser.add_argument(name, dest="search_output", metavar="F", help=text)
+
+
+def add_dry_run_argument(parser: argparse.ArgumentParser) -> None:
+    """Add the switch that stops a curriculum search before it trains."""
+    parser.add_argument("--dry_run", action="store_true", help="curriculum: print what the search costs, and stop")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -80,4 +97,20 @@ def run_subnet(args: argparse.Namespace) -> int:
     config = load_config(args.file, overrides=args.overrides, world=1)
     check_subnet_search(config)
     run_subnet_search(config, args.search_output, args.checkpoint)
+    return 0
+
+
+def run_curriculum(args: argparse.Namespace) -> int:
+    """Search for a schedule and write it.
+
+    Raises:
+        ConfigError: the configuration is wrong or searches nothing (exit code 2).
+        PlanError: candidates or limits that do not fit the model (exit code 3).
+    """
+    from ..config.loader import load_config
+    from ..train_curriculum import check_curriculum_search, run_curriculum_search
+
+    config = load_config(args.file, overrides=args.overrides, world=1)
+    check_curriculum_search(config)  # before any process group is there
+    run_curriculum_search(config, args.search_output, dry_run=args.dry_run)
     return 0

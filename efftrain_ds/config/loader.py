@@ -66,9 +66,18 @@ def build_methods(config: LoadedConfig) -> list[Method]:
     """Instances of the configured methods, in run order.
 
     Raises:
-        ConfigError: methods that cannot run together, or one that needs the average of the weights where none is kept.
+        ConfigError: methods that cannot run together, one that needs the average of the weights where none is kept, or
+            one that clips gradients beside DeepSpeed.
     """
     methods = compose([get_method(name)(settings) for name, settings in config.methods.items()])
+    clipping = config.deepspeed.get("gradient_clipping", 1.0) if config.deepspeed else 0.0  # 1.0 is DeepSpeed's default
+    clips = [method.clips_gradients for method in methods if method.clips_gradients]
+    if clips and clipping:
+        found = f"{clipping:g}" if "gradient_clipping" in config.deepspeed else "not given, which means 1.0"
+        raise ConfigError(
+            f'gradient_clipping: {found}, but {clips[0]} clips gradients, too; write "gradient_clipping": 0.0, or null '
+            "there"
+        )
     if config.efftrain.model.ema is None:
         missing = [f"{SECTION}.methods.{method.name}" for method in methods if method.needs_average]
         if missing:

@@ -8,6 +8,7 @@ from pydantic import AfterValidator, Field, model_validator
 
 from ..core.durations import parse_duration
 from ..core.strict import StrictModel
+from ..data.holdout import HoldOutConfig
 
 
 def _check_duration(text: str) -> str:
@@ -150,8 +151,11 @@ class DataConfig(StrictModel):
     (s3, gs, http, https, file) or "pipe:COMMAND" with {name} for the file."""
     val: str | None = None
     """Same for the held-out split; null = no evaluation."""
+    hold_out: HoldOutConfig | None = None
+    """Without `val`: evaluate on a part of each class of the training shards, which is not trained on; null = off."""
     samples: int | None = Field(None, gt=0)
-    """Training samples, needed to plan where the shards are not at hand; checked against the manifest and `labels`."""
+    """Training samples, needed to plan where the shards are not at hand; checked against the manifest, `labels`
+    and `hold_out`."""
     cache_dir: str | None = None
     """Folder of this node for copies of remote shards; null = "remote" in $EFFTRAIN_CACHE, else in "shards"."""
     cache_gb: float = Field(200.0, gt=0)
@@ -209,6 +213,12 @@ class DataConfig(StrictModel):
     max_bad_fraction: Fraction = 1e-4
     """Share of unreadable training samples at which the run stops (below it they are counted and left out)."""
 
+    @model_validator(mode="after")
+    def _one_evaluation(self) -> DataConfig:
+        if self.val is not None and self.hold_out is not None:
+            raise ValueError('give "val" or "hold_out", not both: they are two sets of images to evaluate on')
+        return self
+
 
 class LayerDecayConfig(StrictModel):
     """Learning rates that fall from the head to the stem, for fine-tuning."""
@@ -243,8 +253,9 @@ class CheckpointConfig(StrictModel):
     """Newest checkpoints to keep."""
     resume: bool = True
     """Go on from the newest checkpoint of the output folder if there is one."""
-    background: bool = False
-    """Copy the state in host memory and write it beside the training (needs host memory for one copy)."""
+    background: bool | Literal["sync"] = False
+    """true: copy the state in host memory and write it beside the training (needs host memory for one copy); "sync":
+    write it, and wait for the disk beside the training."""
     on_signal: bool = True
     """Save and end with exit code 75 on SIGTERM or SIGINT (launch/train.py)."""
 

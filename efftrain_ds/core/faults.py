@@ -23,6 +23,7 @@ VARIABLE = "EFFTRAIN_FAULTS"
 POINTS = (
     "save.begin",
     "save.rank_file",
+    "save.before_sync",
     "save.before_manifest",
     "save.before_rename",
     "save.replacing",

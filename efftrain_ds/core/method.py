@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .batch import Batch
 from .context import Context
 from .strict import StrictModel
-from .timeline import PlanSpec, Stage, Timeline
+from .timeline import PlanSpec, Schedule, Stage, Timeline
 
 PHASES = ("data", "model", "loss", "gradient", "weight")
 
@@ -66,6 +66,13 @@ class Method:
         """
         return {}
 
+    def check(self, schedule: Schedule) -> None:
+        """Refuse what the plans of all methods make together. Pure, like `plan`.
+
+        Raises:
+            PlanError: a stage has settings of another method that this one cannot run with.
+        """
+
     def cost_factor(self, spec: PlanSpec, stage: Stage) -> float:
         """Cost of a training step of `stage` over that of a step in which every layer trains.
 
@@ -77,6 +84,11 @@ class Method:
     def needs_average(self) -> bool:
         """True where the method reads the average of the weights, so that ``efftrain.model.ema`` must be set."""
         return False
+
+    @property
+    def clips_gradients(self) -> str:
+        """Key with which the method itself clips gradients, so that ``gradient_clipping`` must be 0; "" for none."""
+        return ""
 
     def prepare_model(self, model: nn.Module) -> nn.Module:
         """Change or check the module before ``deepspeed.initialize``; returns the module to train.
@@ -160,6 +172,15 @@ class Method:
     def on_eval(self, ctx: Context) -> Iterator[None]:
         """Entered around an evaluation, with the weights that are evaluated in place (see also `Context.variant`)."""
         yield
+
+    def evaluate(self, ctx: Context, batch: Batch) -> dict[str, Tensor] | None:
+        """Measure a held-out batch: a value [N] of every sample by name, whose means are the evaluation's results.
+
+        Only called when `owns_loss`, for each batch, inside `on_eval` and without gradients; runs the model itself by
+        ``ctx.engine(batch.images)``. Names ending in "loss" are the better the smaller. None, always, leaves it at
+        top-1, top-5 and cross-entropy of the labels.
+        """
+        return None
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and plain types that a resume needs."""

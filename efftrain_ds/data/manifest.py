@@ -20,6 +20,9 @@ import numpy as np
 from ..core.errors import ShardError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from .holdout import LeftOut
     from .labels import LabelMap
 
 FORMAT = 1
@@ -88,6 +91,7 @@ class Manifest:
         rendition: how images were made smaller; None = source bytes.
         store: local copies of remote shards; no part of the identity.
         labels: map of the index's labels to `classes`, see `labels.apply_labels`; None = they are class indices.
+        excluded: further rows that take no part, see `holdout.hold_out`.
     """
 
     folder: Path
@@ -99,6 +103,7 @@ class Manifest:
     rendition: Rendition | None = None
     store: ShardStore | None = field(default=None, compare=False)
     labels: LabelMap | None = None
+    excluded: LeftOut | None = None
 
     @cached_property
     def digest(self) -> str:
@@ -106,31 +111,47 @@ class Manifest:
         document = self._document()
         if self.labels is not None:
             document["labels"] = self.labels.digest
+        if self.excluded is not None:
+            document["excluded"] = self.excluded.name
         return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
 
     @cached_property
     def left_out(self) -> np.ndarray:
-        """Rows of the index whose class `labels` leaves out, ascending, [n] int64.
+        """Rows of the index that take no part, ascending, [n] int64: those whose class `labels` leaves out, `excluded`.
 
-        Labels that are no class at all are kept: they are bad samples, which a run counts and reports. The index is
-        read in pieces and not through its memory map, so that all of it never counts as this process's memory.
+        Labels that are no class at all are kept: they are bad samples, which a run counts and reports.
         """
+        rows = self._without_class()
+        return rows if self.excluded is None else np.union1d(rows, self.excluded.rows)
+
+    def _without_class(self) -> np.ndarray:
         if self.labels is None or not self.labels.drops:
             return np.empty(0, np.int64)
-        assert self.table is not None  # compares the size of the file
         kinds = np.asarray(self.labels.indices, np.int64)
         found, first = [np.empty(0, np.int64)], 0
+        for rows in self.pieces():
+            labels = rows["label"].astype(np.int64)
+            known = (labels >= 0) & (labels < len(kinds))
+            found.append(first + np.flatnonzero(known & (kinds[np.where(known, labels, 0)] < 0)))
+            first += len(rows)
+        return np.concatenate(found)
+
+    def pieces(self) -> Iterator[np.ndarray]:
+        """All rows of the table, a million at a time.
+
+        The file is read and not mapped, so that all of it never counts as this process's memory.
+
+        Raises:
+            ShardError: as for `table`.
+        """
+        assert self.table is not None  # compares the size of the file
         with (self.folder / INDEX).open("rb") as stream:
             while len(rows := np.fromfile(stream, ROW, _PIECE)):
-                labels = rows["label"].astype(np.int64)
-                known = (labels >= 0) & (labels < len(kinds))
-                found.append(first + np.flatnonzero(known & (kinds[np.where(known, labels, 0)] < 0)))
-                first += len(rows)
-        return np.concatenate(found)
+                yield rows
 
     @property
     def kept(self) -> int:
-        """Samples that take part: all but those that `labels` leaves out."""
+        """Samples that take part: all but those that `labels` and `excluded` leave out."""
         return self.samples - len(self.left_out)
 
     @cached_property
@@ -182,8 +203,9 @@ class Manifest:
         return document
 
     def write(self) -> Path:
-        """Write ``manifest.json`` atomically, without the label map, which belongs to a run; returns its path."""
+        """Write ``manifest.json`` atomically, without `labels` and `excluded` (of a run); returns its path."""
         assert self.labels is None
+        assert self.excluded is None
         path = self.folder / MANIFEST
         partial = path.with_suffix(".partial")
         partial.write_text(json.dumps(self._document(), indent=1) + "\n")

@@ -39,6 +39,17 @@ def shared_memory(setup: Setup) -> Check:
     return Check("shared memory", FAIL if needed > usage.free else OK, text, fix if needed > usage.free else "")
 
 
+def abandoned_memory(setup: Setup) -> Iterator[Check]:
+    """Shared memory that ended runs of plain DeepSpeed without accelerators hold for ever."""
+    from ..zero.shared_buffers import PREFIX, abandoned_buffers
+
+    found = abandoned_buffers(_SHM)
+    if found:
+        size = sum(path.stat().st_size for path in found if path.exists())
+        text = f"{len(found)} buffers of ended DeepSpeed runs hold {bytes_text(size)} of {_SHM}"
+        yield Check("left memory", WARN, text, f"when no run of yours is on: rm {_SHM}/{PREFIX}_*")
+
+
 def loader_bytes(setup: Setup) -> int:
     """Bytes of all micro-batches in flight on this machine: uint8 images, (workers x prefetch + 2) a rank."""
     assert setup.config is not None

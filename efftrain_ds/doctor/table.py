@@ -22,6 +22,7 @@ CHECKS: tuple[tuple[str, Function], ...] = (
     ("plan", software.plan),
     ("data", storage.shards),
     ("shared memory", storage.shared_memory),
+    ("left memory", storage.abandoned_memory),
     ("output", storage.output),
     ("open files", storage.open_files),
     ("processors", storage.processors),

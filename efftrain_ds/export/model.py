@@ -19,6 +19,7 @@ from ..checkpoint.reader import Checkpoint
 from ..config.sections import DataConfig, ModelConfig
 from ..core.errors import CheckpointError, ModelError
 from ..models.adapters import create_model
+from ..models.mae_weights import is_masked_autoencoder
 from ..models.stacks import prepare_growth, stacks_of
 from ..models.unit_export import dense_twin
 from ..models.units import units_of
@@ -103,6 +104,11 @@ def model_spec(found: Checkpoint, config: Mapping[str, Any] | None = None) -> Mo
         raise CheckpointError(f"{found.folder}: configuration: {error.errors()[0]['msg']}") from error
     if not model.name:
         raise CheckpointError(f"{found.folder}: efftrain.model.name is not given; only timm models can be exported")
+    if is_masked_autoencoder(found.shapes):
+        raise CheckpointError(
+            f"{found.folder}: is a masked autoencoder ({model.name}) without classes; fine-tune a classifier from "
+            "it with efftrain.model.init (docs/mae.md) and export that"
+        )
     # built for one size, as timm's own checkpoints are: several sizes during training change no parameter
     kwargs = {key: value for key, value in model.kwargs.items() if key not in NOT_FROM_FILES}
     spec = ModelSpec(model.name, kwargs, model.num_classes or 1, data.resolution, data, model.pretrained)

@@ -7,16 +7,15 @@ import io
 import logging
 import warnings
 from collections.abc import Iterator
-from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from ..core.errors import ConfigError, ModelError
+from ..core import packages
+from ..core.errors import ModelError
 
 TOLERANCE = 1e-4
-_NEEDED = ("onnx", "onnxscript", "onnxruntime")
 
 
 def require() -> None:
@@ -25,11 +24,7 @@ def require() -> None:
     Raises:
         ConfigError: names it and how to get it.
     """
-    missing = [name for name in _NEEDED if find_spec(name) is None]
-    if missing:
-        raise ConfigError(
-            f'efftrain export: ONNX needs {", ".join(missing)}; install with: pip install "efftrain-ds[export]"'
-        )
+    packages.require("efftrain export: ONNX", packages.ONNX, "export")
 
 
 def write(model: nn.Module, images: Tensor, path: Path, *, batch: int | None = None) -> float:

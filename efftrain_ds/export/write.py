@@ -30,7 +30,7 @@ TOLERANCE = 1e-6
 _SUMS = 1e-5
 """Largest difference, over the largest logit, where zeros are added to sums or constants are moved into a bias."""
 _IMAGES = 8
-_SOURCE_WORDS = ("license", "origin_url", "paper_name", "paper_ids", "description", "notes", "tag")
+SOURCE_WORDS = ("license", "origin_url", "paper_name", "paper_ids", "description", "notes", "tag")
 """Keys of timm's configuration that speak of other weights."""
 
 
@@ -221,7 +221,7 @@ def _write_timm(model: nn.Module, spec: ModelSpec, found: Checkpoint, folder: Pa
     )
     path = folder / CONFIG
     config = json.loads(path.read_text())
-    for key in _SOURCE_WORDS:
+    for key in SOURCE_WORDS:
         config["pretrained_cfg"].pop(key, None)
     path.write_text(json.dumps(config, indent=2) + "\n")
 

@@ -14,6 +14,7 @@ BUILTIN_MODULES: tuple[str, ...] = (
     "efftrain_ds.methods.svite.tokens",
     "efftrain_ds.methods.svite.attention",
     "efftrain_ds.methods.elasticvit.method",
+    "efftrain_ds.methods.mae.method",
 )
 """Modules that register a method when they are imported; names only, so that none is loaded too early."""
 

@@ -21,7 +21,7 @@ _IMG_SIZE = _DYNAMIC | {
     *("beit", "cait", "coat", "convit", "crossvit", "efficientformer", "efficientformer_v2", "gcvit", "hiera"),
     *("levit", "maxxvit", "mlp_mixer", "nest", "pit", "sequencer", "swin_transformer", "swin_transformer_v2"),
     *("swin_transformer_v2_cr", "tnt", "twins", "visformer", "vision_transformer_relpos", "vision_transformer_sam"),
-    *("volo", "xcit"),
+    *("volo", "xcit", "mae"),
 }
 # Modules whose models refuse, or fail at, another size than the one they were built for.
 _FIXED = frozenset(
@@ -169,7 +169,7 @@ def _timm() -> Any:
     """timm, with the models of this package in its registry."""
     import timm
 
-    from . import cswin  # noqa: F401  (registers them)
+    from . import cswin, mae  # noqa: F401  (registers them)
     from .elastic import supernets  # noqa: F401
 
     return timm

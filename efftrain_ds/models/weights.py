@@ -89,11 +89,13 @@ def read_timm(name: str) -> dict[str, Tensor]:
 
 
 def classifier_names(model: nn.Module) -> tuple[str, ...]:
-    """Names of the modules that make the scores of the classes (two in a distilled DeiT).
+    """Names of the modules that make the scores of the classes (two in a distilled DeiT, none without classes).
 
     Raises:
         ModelError: the model does not say.
     """
+    if getattr(model, "num_classes", None) == 0:
+        return ()
     config = getattr(model, "pretrained_cfg", None) or {}
     named = config.get("classifier") if isinstance(config, Mapping) else getattr(config, "classifier", None)
     found = (named,) if isinstance(named, str) else tuple(named or ())

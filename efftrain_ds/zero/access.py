@@ -444,8 +444,13 @@ def zero_skipped_gradients(engine: Any, names: Iterable[str]) -> None:
             deepspeed.utils.safe_set_local_grad(parameter, torch.zeros_like(local))
 
 
-def unsupported(engine: Any) -> str | None:
-    """Why this engine's parameters cannot change in mid-run; None where they can."""
+def unsupported(engine: Any, where: str = "where parameters change in mid-run") -> str | None:
+    """Why masters, gradients and state of this engine are not where they are looked for; None where they are.
+
+    Args:
+        engine: a DeepSpeedEngine.
+        where: what needs them, for the text.
+    """
     optimizer, zero = engine.optimizer, engine._config.zero_config
     name = _class_name(optimizer)
     if getattr(optimizer, "round_robin_gradients", False):
@@ -475,7 +480,7 @@ def unsupported(engine: Any) -> str | None:
     )
     checks["fp16 with torch_autocast"] = getattr(optimizer, "torch_autocast_gradscaler", None) is not None
     found = [key for key, bad in checks.items() if bad]
-    return f"{found[0]}: not supported where parameters change in mid-run" if found else None
+    return f"{found[0]}: not supported {where}" if found else None
 
 
 def unreadable(engine: Any) -> str | None:

@@ -7,12 +7,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from timm.utils.agc import adaptive_clip_grad
 from torch import nn
 
 import efftrain_ds
 from efftrain_ds.core.batch import Batch
 from efftrain_ds.methods.elasticvit.calibrate import batch_norms, calibrate
 from efftrain_ds.methods.elasticvit.method import ElasticVit
+from efftrain_ds.methods.elasticvit.scoring import probe_images, score
 from efftrain_ds.models.elastic import HybridSpace, PlainSpace
 from efftrain_ds.models.elastic.hybrid_space import StageSpec
 from efftrain_ds.models.elastic.named import unused_parts
@@ -91,12 +93,13 @@ def _train(engine, batches, drawn: list | None = None) -> list[float]:
     return losses
 
 
-def _reference(method: ElasticVit, drawn: list, decay_unused: bool) -> dict[str, torch.Tensor]:
+def _reference(method: ElasticVit, drawn: list) -> dict[str, torch.Tensor]:
     """The same steps with one backward pass of the summed loss on plain torch, gradients averaged by hand."""
     net = supernet()
     optimizer = torch.optim.AdamW(net.parameters(), **ADAM)
     targets = copy.copy(method.targets)
-    modes, place = method.config.modes, 0
+    config, place = method.config, 0
+    modes = config.modes
     for number, (images, labels) in enumerate(_batches()):
         batch = Batch(images=images, labels=labels, valid=torch.tensor([True] * 5 + [number * len(modes) % 2 == 0]))
         configs = drawn[place : place + len(modes)]
@@ -109,9 +112,11 @@ def _reference(method: ElasticVit, drawn: list, decay_unused: bool) -> dict[str,
             parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
             dist.all_reduce(parameter.grad)
             parameter.grad /= dist.get_world_size()
-            if name.startswith(tuple(f"{block}." for block in skipped)) and not decay_unused:
+            if name.startswith(tuple(f"{block}." for block in skipped)) and not config.decay_unused:
                 state = optimizer.state.get(parameter, {})
                 held[name] = (parameter.detach().clone(), {k: v.clone() for k, v in state.items() if k != "step"})
+        if config.agc is not None:
+            adaptive_clip_grad(net.parameters(), config.agc)
         optimizer.step()
         optimizer.zero_grad()
         for name, (value, state) in held.items():
@@ -123,16 +128,16 @@ def _reference(method: ElasticVit, drawn: list, decay_unused: bool) -> dict[str,
     return {name: parameter.detach().clone() for name, parameter in net.named_parameters()}
 
 
-def step_job(stage: int, decay_unused: bool = False) -> dict[str, Any]:
+def step_job(stage: int, decay_unused: bool = False, agc: float | None = None) -> dict[str, Any]:
     """Steps of the method against `_reference`."""
-    method = {"bank": None, "decay_unused": decay_unused}
+    method = {"bank": None, "decay_unused": decay_unused, "agc": agc}
     engine, *_ = efftrain_ds.initialize(model=supernet(), config=_config(stage, method))
     drawn: list = []
     losses = _train(engine, _batches(), drawn)
     parameters = dict(engine.module.named_parameters())
     with train_jobs.access.gather_full(list(parameters.values())):
         found = {name: parameter.detach().float().clone() for name, parameter in parameters.items()}
-    expected = _reference(engine.methods[0], drawn, decay_unused)
+    expected = _reference(engine.methods[0], drawn)
     start = supernet().state_dict()
     result = {
         "worst": max(float((found[n] - expected[n]).abs().max()) for n in expected),
@@ -170,7 +175,7 @@ def agreement_job(steps: int) -> dict[str, Any]:
 def _changes(extra: dict[str, Any] | None = None) -> dict[str, Any]:
     space = {key: value for key, value in HYBRID.to_dict().items() if key != "num_classes"}
     changes = {
-        "gradient_clipping": 1.0,
+        "gradient_clipping": 0.0,
         "efftrain/run/steps": 8,
         "efftrain/model": {"name": "elasticvit", "kwargs": {"space": space}, "ema": {"decay": 0.9}},
         "efftrain/data/resolution": 20,
@@ -262,3 +267,99 @@ def calibration_job() -> dict[str, Any]:
         "unused": found[f"{name}.running_var"][width:].tolist(),
         "all": {n: b.tolist() for n, b in found.items()},
     }
+
+
+def _shrunken(folder: str, steps: int) -> dict[str, Any]:
+    """ElasticViT's space at a quarter of its widths on small images."""
+    model = {"name": "elasticvit", "kwargs": {"divisor": 4, "resolutions": [24, 28, 32]}, "ema": {"decay": 0.9}}
+    changes = {
+        "train_batch_size": 32,
+        "train_micro_batch_size_per_gpu": 16,
+        "gradient_clipping": 0.0,
+        "optimizer/params/lr": 3e-3,
+        "efftrain/run/steps": steps,
+        "efftrain/model": model,
+        "efftrain/methods": {
+            "elasticvit": {"levels": 4, "rows": 60, "bank": {"capacity": 4, "images": 32, "refresh": "50st"}}
+        },
+        "efftrain/checkpoint": {"every": "60st", "keep": 100},
+    }
+    return train_jobs.run_config(folder, 1, **changes)
+
+
+def _cross_entropy(trainer) -> dict[str, list[float]]:
+    """Of the smallest sub-networks and of two of each table, on fixed training images."""
+    method, ctx = trainer.engine.methods[0], trainer.engine.context
+    images = probe_images(ctx, 256, "test")
+    drawn = [table.space.config(row) for table in method._tables for row in table.codes[:2]]
+    least = [entry.config for entry in method.smallest.entries]
+    return {"smallest": [-x for x in score(ctx, least, images)], "random": [-x for x in score(ctx, drawn, images)]}
+
+
+def learning_job(folder: str, steps: int, stop: int) -> dict[str, Any]:
+    """A shrunken supernet learns; a run that was stopped and resumed ends with the same bits."""
+    found: dict[str, Any] = {}
+    short, _ = train_jobs.go(_shrunken(f"{folder}/short", steps), 1)
+    found["before"] = _cross_entropy(short)
+    short.engine.destroy()
+    runs = []
+    for name, stops in (("whole", [None]), ("parts", [stop, None])):
+        for at in stops:
+            trainer, _ = train_jobs.go(_shrunken(f"{folder}/{name}", steps), at)
+            if at is not None:
+                trainer.engine.destroy()
+        method = trainer.engine.methods[0]
+        kept = {"weights": train_jobs.final_weights(trainer), "bank": method.bank.state_dict()["entries"]}
+        runs.append(kept | {"buffers": {n: b.clone() for n, b in trainer.engine.module.named_buffers()}})
+        if name == "whole":
+            found["losses"] = [loss for _, loss, _ in trainer.losses]
+            found["sizes"] = [method.bank.size(level) for level in range(len(method.levels))]
+            found["capacity"] = list(method.bank.capacity)
+            found["after"] = _cross_entropy(trainer)
+        trainer.engine.destroy()
+    found["different"] = [key for key in runs[0] if not _equal(runs[0][key], runs[1][key])]
+    return found
+
+
+def teacher_job(folder: str) -> dict[str, Any]:
+    """A timm model with a file of weights that the test has made teaches two supernets: alone it halves the labels, as
+    two it replaces them."""
+    import timm
+    from safetensors.torch import save_file
+
+    kwargs = {"img_size": 12, "patch_size": 4, "embed_dim": 16, "depth": 1, "num_heads": 2}
+    torch.manual_seed(5)
+    teacher = timm.create_model("vit_tiny_patch16_224", num_classes=CLASSES, **kwargs)
+    optimizer = torch.optim.AdamW(teacher.parameters(), lr=1e-2)
+    for _ in range(60):  # the brightest fifth of the rows
+        images = torch.randn(32, 3, 12, 12)
+        labels = images[:, :, :10].unflatten(2, (CLASSES, 2)).mean((1, 3, 4)).argmax(1)
+        loss = nn.functional.cross_entropy(teacher(images), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    path = f"{folder}/teacher{dist.get_rank()}.safetensors"
+    save_file(teacher.state_dict(), path)
+    given = {"model": "vit_tiny_patch16_224", "weights": path, "kwargs": kwargs}
+    found: dict[str, Any] = {"teacher": float(loss.detach())}
+    for count in (1, 2):
+        method = {"bank": None, "teachers": [given] * count, "temperature": 1.0}
+        engine, *_ = efftrain_ds.initialize(model=supernet(), config=_config(1, method, 60))
+        divergences = []
+        generator = torch.Generator().manual_seed(dist.get_rank())
+        for step in range(60):
+            images = torch.randn(6, 3, 12, 12, generator=generator)
+            labels = torch.randint(CLASSES, (6,), generator=generator) if count == 1 else torch.zeros(6).long()
+            losses = _train(engine, [(images, labels)])
+            with torch.no_grad():
+                own = engine.module(images, PLAIN.max()).log_softmax(-1)
+                divergences.append(
+                    float(nn.functional.kl_div(own, teacher.eval()(images).softmax(-1), reduction="batchmean"))
+                )
+            assert all(x == x for x in losses), step
+        found[f"first{count}"] = sum(divergences[:10])
+        found[f"last{count}"] = sum(divergences[-10:])
+        kept = engine.methods[0].teachers[0].net.state_dict()
+        found[f"frozen{count}"] = all(torch.equal(value, kept[name]) for name, value in teacher.state_dict().items())
+        engine.destroy()
+    return found

@@ -11,13 +11,13 @@ from efftrain_ds.core.errors import CheckpointError
 from tests.distributed.zero_jobs import full_state, make, same, train, weights
 
 
-def background_job(folder: str, stage: int, dtype: str) -> dict:
+def background_job(folder: str, stage: int, dtype: str, background: bool | str = True) -> dict:
     """The checkpoint holds the state at the save, whatever the steps after it do while it is written."""
     engine = make(stage, dtype)
     train(engine, 0, 3)
     at_save = full_state(engine)
-    faults.arm("save.rank_file:sleep=0.3")
-    engine.save_checkpoint(folder, client_state={"n": 3}, background=True)
+    faults.arm("save.before_sync:sleep=0.3" if background == "sync" else "save.rank_file:sleep=0.3")
+    engine.save_checkpoint(folder, client_state={"n": 3}, background=background)
     unfinished = engine._saving is not None and not (Path(folder) / "latest").exists()
     expected = train(engine, 3, 6)
     engine.finish_saving()
@@ -39,7 +39,7 @@ def background_job(folder: str, stage: int, dtype: str) -> dict:
     return result
 
 
-def failing_job(folder: str, background: bool, fault: str) -> dict:
+def failing_job(folder: str, background: bool | str, fault: str) -> dict:
     """One rank's disk is full: all hear of it, the checkpoint before stays, the next one is written."""
     engine = make(2, "fp32")
     train(engine, 0, 1)

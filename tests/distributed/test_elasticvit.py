@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 
 from tests.distributed import elasticvit_jobs as jobs
@@ -12,18 +14,23 @@ SLOW = pytest.mark.slow
 
 
 @pytest.mark.parametrize(
-    ("stage", "decay"),
+    ("stage", "decay", "agc"),
     [
-        (2, False),
-        pytest.param(0, False, marks=SLOW),
-        pytest.param(1, False, marks=SLOW),
-        pytest.param(3, False, marks=SLOW),
-        pytest.param(1, True, marks=SLOW),
-        pytest.param(3, True, marks=SLOW),
+        (2, False, 0.1),
+        pytest.param(0, False, None, marks=SLOW),
+        pytest.param(1, False, None, marks=SLOW),
+        pytest.param(2, False, None, marks=SLOW),
+        pytest.param(3, False, None, marks=SLOW),
+        pytest.param(1, True, None, marks=SLOW),
+        pytest.param(3, True, None, marks=SLOW),
+        pytest.param(0, False, 0.1, marks=SLOW),
+        pytest.param(1, False, 0.1, marks=SLOW),
+        pytest.param(3, False, 0.1, marks=SLOW),
+        pytest.param(3, True, 0.1, marks=SLOW),
     ],
 )
-def test_a_step_is_one_backward_of_the_sum_and_unused_blocks_stay(ranks, stage, decay):
-    results = ranks(jobs.step_job, stage, decay)
+def test_a_step_is_one_backward_of_the_sum_and_unused_blocks_stay(ranks, stage, decay, agc):
+    results = ranks(jobs.step_job, stage, decay, agc)
     for result in results:
         assert result["worst"] <= 2e-6 < 0.01 * result["moved"]
         assert result["configs"] == results[0]["configs"]
@@ -68,3 +75,27 @@ def test_calibration_pools_the_ranks(ranks):
     assert first["mean"] < 1e-6
     assert first["var"] < 3e-3  # the variances of the batches are unbiased ones
     assert set(first["unused"]) <= {1.0}
+
+
+@pytest.mark.slow
+def test_a_shrunken_supernet_learns_and_resumes(ranks, tmp_path):
+    first, second = ranks(jobs.learning_job, str(tmp_path), 200, 120)
+    assert first["after"] == second["after"]
+    assert first["losses"] != second["losses"]  # other images on each rank
+    assert all(math.isfinite(loss) for loss in first["losses"])
+    for kind in ("smallest", "random"):
+        before, after = (sum(first[when][kind]) / len(first[when][kind]) for when in ("before", "after"))
+        assert after < before - 0.5
+        assert all(math.isfinite(x) for x in first["after"][kind])
+    assert sum(first["sizes"]) > 0.8 * sum(first["capacity"])
+    assert first["different"] == second["different"] == []
+
+
+@pytest.mark.slow
+def test_a_timm_model_teaches(ranks, tmp_path):
+    for found in ranks(jobs.teacher_job, str(tmp_path)):
+        assert found["teacher"] < 1.57  # it has learnt something itself
+        assert found["last1"] < found["first1"]
+        assert found["last2"] < 0.95 * found["first2"]
+        assert found["frozen1"]
+        assert found["frozen2"]

@@ -9,9 +9,18 @@ from tests.distributed import saving_jobs as jobs
 pytestmark = pytest.mark.dist
 
 
-@pytest.mark.parametrize(("stage", "dtype"), [(0, "fp32"), (2, "bf16"), (3, "fp32")])
-def test_background_save_holds_the_state_of_its_moment(ranks, tmp_path, stage, dtype):
-    for result in ranks(jobs.background_job, str(tmp_path), stage, dtype):
+@pytest.mark.parametrize(
+    ("stage", "dtype", "background"),
+    [
+        (0, "fp32", True),
+        (2, "bf16", True),
+        (2, "bf16", "sync"),
+        pytest.param(3, "fp32", True, marks=pytest.mark.slow),
+        *(pytest.param(stage, "fp32", "sync", marks=pytest.mark.slow) for stage in (0, 3)),
+    ],
+)
+def test_background_save_holds_the_state_of_its_moment(ranks, tmp_path, stage, dtype, background):
+    for result in ranks(jobs.background_job, str(tmp_path), stage, dtype, background):
         assert result["unfinished"]
         assert result["client"] == {"n": 3}
         assert not result["at_load"]
@@ -37,6 +46,8 @@ def test_background_save_holds_the_state_of_its_moment(ranks, tmp_path, stage, d
         (True, "save.rank_file:oserror,rank=1", "rank 1: OSError: [Errno 28] No space left on device"),
         (True, "save.rank_file:oserror,rank=0,hit=2", "rank 0: OSError: [Errno 28] No space left on device"),
         (True, "save.before_rename:oserror", "rank 0: OSError: [Errno 28] No space left on device"),
+        ("sync", "save.rank_file:oserror,rank=1", "rank 1: OSError: [Errno 28] No space left on device"),
+        ("sync", "save.before_sync:oserror,rank=1", "rank 1: OSError: [Errno 28] No space left on device"),
     ],
 )
 def test_a_full_disk_costs_one_checkpoint(ranks, tmp_path, background, fault, named):

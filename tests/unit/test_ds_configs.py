@@ -12,8 +12,11 @@ from efftrain_ds.planning import make_plan
 
 ROOT = Path(__file__).resolve().parents[2]
 FILES = sorted((ROOT / "ds_configs").glob("*.json"))
-HEAVY = ("swin", "cswin", "caformer", "pvt", "volo", "ft_convnext", "ft384_convnext", "convnext_base")
-"""Models whose MACs are counted layer by layer, which takes seconds."""
+HEAVY = (
+    *("swin", "cswin", "caformer", "pvt", "volo", "ft_convnext", "ft384_convnext", "convnext_base", "in1k_pretrain"),
+    "elasticvit_in1k",
+)
+"""Models (or teachers) whose MACs are counted layer by layer, which takes seconds."""
 RELATIVE = {
     "efficienttrain": (0.6, 1.01),
     "autoprog": (0.4, 0.6),
@@ -21,7 +24,8 @@ RELATIVE = {
     "svite": (0.99, 1.01),
     "s2vite": (0.5, 0.75),
     "svite_tokens": (0.9, 1.01),
-    "elasticvit": (0.5, 0.8),
+    "elasticvit": (0.5, 2.5),
+    "mae": (0.99, 1.01),
 }
 """Cost of a run that has only this method, relative to dense training of as many epochs."""
 

@@ -8,6 +8,9 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from ...core.strict import StrictModel
+from ...data.holdout import HoldOutConfig
+
+KEY = "efftrain.methods.efficienttrain"
 
 
 class StageConfig(StrictModel):
@@ -58,6 +61,48 @@ class LargeBatchConfig(StrictModel):
     """Share of the budget over which the factor changes after a switch (the warm-up covers the start)."""
 
 
+class SearchConfig(StrictModel):
+    """Search for a schedule of your own, see "efftrain search curriculum". All numbers without a source are ours."""
+
+    algorithm: Literal["et", "et++"] = "et++"
+    """"et": greedily the cheapest of equal epochs that is as accurate as the baseline; "et++": stage after stage the
+    most accurate of equal compute."""
+    stages: int = Field(5, ge=2, le=10)
+    """Stages of the schedule; the last one has the full resolution."""
+    candidates: list[int] | None = Field(None, min_length=1, max_length=8)
+    """Bandwidths in pixels to choose from, besides the full resolution; null = 96, 128, 160 and 192 of 224 pixels,
+    scaled to `data.resolution` and the model's stride."""
+    epochs: float | None = Field(None, gt=0)
+    """Length in full-resolution epochs of the trainings that are compared; null = run.epochs."""
+    compute: float = Field(0.6666666666666666, gt=0, le=1)
+    """"et++": budget of the schedule as a share of the baseline's (the published schedule: 200 of 300 epochs)."""
+    tune: float = Field(0.02, gt=0, lt=0.5)
+    """"et++": a candidate is measured after a short training at full resolution with a learning rate falling to 0; its
+    length as a share of the schedule's budget."""
+    tolerance: float = Field(0.0, ge=0, le=0.1)
+    """Top-1 (0 to 1) that may be lost: against the baseline, and in "et++" against the best candidate of a stage."""
+    prune: bool = True
+    """"et": go down from the size of the stage behind and stop at the first failure; false = up from the smallest."""
+    check: bool = True
+    """"et++": train the whole schedule and the baseline, and fall back where it is less accurate."""
+    max_epochs: float | None = Field(None, gt=0)
+    """Most that the whole search may cost, in full-resolution epochs; what is undecided then stays at full resolution.
+    null = no limit."""
+    hold_out: HoldOutConfig | None = None
+    """Part of the training shards on which accuracy is measured; null = `data.hold_out`, or 10% of each class."""
+    average: bool = False
+    """Compare the average of the weights (`model.ema`) instead of the weights."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> SearchConfig:
+        sides = self.candidates
+        if sides is not None and (any(side < 1 for side in sides) or len(set(sides)) < len(sides)):
+            raise ValueError(f'"candidates" are different numbers of pixels above 0, found {sides}')
+        if self.algorithm == "et++" and self.tune >= 1 / self.stages:
+            raise ValueError(f'"tune" {self.tune:g} must be below the share 1/{self.stages} of a stage')
+        return self
+
+
 class EfficientTrainConfig(StrictModel):
     """Frequency and augmentation curriculum of EfficientTrain and EfficientTrain++."""
 
@@ -82,6 +127,9 @@ class EfficientTrainConfig(StrictModel):
     """Replay buffers for slow data pipelines, at most one for each bandwidth; [] = off. Used by launch/train.py."""
     large_batch: LargeBatchConfig | None = None
     """Larger global batches at small bandwidths, for many devices; null = off. Used by launch/train.py."""
+    search: SearchConfig | None = None
+    """Search for a schedule ("efftrain search curriculum"), which does not read `schedule`; a training reads `schedule`
+    and not this."""
 
     @model_validator(mode="after")
     def _fits(self) -> EfficientTrainConfig:

@@ -97,7 +97,8 @@ class SearchConfig(StrictModel):
     latency: float | tuple[float, float] | None = None
     """Latency in the unit of `latency_from`: at most, or from and to."""
     latency_from: str = "onnxruntime"
-    """"onnxruntime" measures on this machine's processor with one thread; else the JSON file of a latency table."""
+    """"onnxruntime" measures blocks on this machine's processor with one thread and adds them up; else the JSON file of
+    a latency table, or "package.module:function", which gets the space and returns a provider of one's own."""
     algorithm: Literal["evolution", "random"] = "evolution"
     """Evolution, or random sub-networks within the limits."""
     evaluations: int = Field(1000, ge=1)
@@ -107,11 +108,13 @@ class SearchConfig(StrictModel):
     score: Literal["top1", "loss"] = "top1"
     """What is compared; the loss tells more where the images are few."""
     images: int = Field(10000, ge=1)
-    """Images on which sub-networks are compared: fixed ones of `data`, others than those of `calibrate`."""
+    """Images on which sub-networks are compared: fixed ones of `data`, evenly spaced."""
     calibrate: int = Field(4096, ge=0)
-    """Images for batch normalisation of each sub-network (published: 64 batches)."""
+    """Training images for batch normalisation of each sub-network, others than those that compare (published: 64
+    batches)."""
     data: str | None = None
-    """Folder of shards that were not trained on; null takes the training shards, which flatter all candidates alike."""
+    """Folder of shards that were not trained on; null takes what efftrain.data.hold_out holds out of the training
+    shards, or without that training images, which flatter all candidates alike."""
     seeds: bool = True
     """Begin with the entries of the memory bank that keep the limits."""
     average: bool | None = None
@@ -166,6 +169,9 @@ class ElasticViTConfig(StrictModel):
     """Of the labels, here instead of efftrain.optim.label_smoothing."""
     alpha_cap: float = Field(CAP, gt=0)
     """Largest ratio of probabilities that counts in the alpha-divergence."""
+    agc: float | None = Field(0.1, gt=0)
+    """Adaptive clipping: longest gradient of each row of a weight, as a share of the norm of that row. It takes the
+    place of DeepSpeed's gradient_clipping, which must be 0 then; null = none."""
     decay_unused: bool = False
     """Let weight decay and momentum act on blocks that no sub-network of the step runs; otherwise they stay as they
     are."""

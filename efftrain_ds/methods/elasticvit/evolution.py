@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from ...core.errors import ConfigError
+from ...core.pareto import pareto
 from ...models.elastic import Space
 from .limits import Limit
 from .searcher import Evaluated, Searcher
@@ -172,20 +172,3 @@ class Evolution(Searcher):
             "rates": asdict(self.rates),
             "tries": self.tries,
         }
-
-
-def pareto(costs: Sequence[float], scores: Sequence[float]) -> list[int]:
-    """Places of the entries that no other one beats in cost and score, by ascending cost.
-
-    Args:
-        costs: smaller is better.
-        scores: larger is better; those that are not finite are left out.
-    """
-    order = sorted(range(len(costs)), key=lambda j: (costs[j], -scores[j], j))
-    front: list[int] = []
-    best = -math.inf
-    for j in order:
-        if math.isfinite(scores[j]) and scores[j] > best:
-            front.append(j)
-            best = scores[j]
-    return front

@@ -49,7 +49,7 @@ class Coverage:
 
 
 class Latency(Protocol):
-    """A provider. Third parties can offer one as an entry point of the group ``elastic.latency``."""
+    """A provider. ``search.latency_from`` names a function that makes one's own ("package.module:function")."""
 
     unit: str
     device: str

@@ -14,19 +14,17 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
+from ...core import packages
 from ...core.errors import ConfigError, ModelError
 from ...cost.throughput import machine_name
 from ...models.elastic import Space
 from .latency import Coverage, Timing, block_keys
-
-_NEEDED = ("onnx", "onnxscript", "onnxruntime")
 
 
 @dataclass(frozen=True)
@@ -63,11 +61,7 @@ def require() -> None:
     Raises:
         ConfigError: names it and how to get it.
     """
-    missing = [name for name in _NEEDED if find_spec(name) is None]
-    if missing:
-        raise ConfigError(
-            f'latency with ONNX Runtime needs {", ".join(missing)}; install with: pip install "efftrain-ds[export]"'
-        )
+    packages.require("latency with ONNX Runtime", packages.ONNX, "export")
 
 
 def onnx_bytes(model: nn.Module, inputs: torch.Tensor) -> bytes:

@@ -24,6 +24,8 @@ PUBLISHED_LEVELS = (
 )
 PUBLISHED_WINDOW = 20_000_000
 MODES = ("adjacent", "random", "cyclic")
+ENOUGH = 100
+"""Sub-networks that a level should hold at least: a bank's worth."""
 
 
 def macs_text(macs: float) -> str:
@@ -93,7 +95,8 @@ def spread_levels(space: Space[Any], count: int = 8, formula: str = "exact") -> 
 
     They lie in equal ratios from 2 % to 37 % of the way from the smallest to the largest sub-network, but not below the
     smallest 1/1000 of random sub-networks, and up to their median at least. The window is 1/160 of that way, or half
-    the smallest gap where that is less.
+    the smallest gap where that is less. In a space of few sub-networks it is wider, so that every level holds some
+    `ENOUGH` of them, up to the smallest gap.
 
     Args:
         space: of the supernet.
@@ -114,7 +117,11 @@ def spread_levels(space: Space[Any], count: int = 8, formula: str = "exact") -> 
     gaps = [b - a for a, b in zip(macs, macs[1:], strict=False)]
     if gaps and min(gaps) < 2:
         raise ConfigError(f"{count} levels from {macs_text(low)} to {macs_text(high)} MACs: too many for this space")
-    return Levels(tuple(macs), min([int(way) // 160, *(gap // 2 for gap in gaps)]), formula)
+    window = min([int(way) // 160, *(gap // 2 for gap in gaps)])
+    hits = math.ceil(ENOUGH / space.count() * len(drawn))
+    ordered = np.append(np.sort(drawn), [most] * hits)
+    needed = max(int(ordered[np.searchsorted(ordered, level) + hits - 1]) - level for level in macs)
+    return Levels(tuple(macs), max(window, min([needed, *(gap - 1 for gap in gaps)])), formula)
 
 
 class Walk:

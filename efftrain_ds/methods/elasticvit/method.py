@@ -8,16 +8,14 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from statistics import fmean
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
 from ...core.batch import Batch
 from ...core.context import Context
-from ...core.durations import parse_duration
 from ...core.errors import ConfigError, ModelError, PlanError
 from ...core.method import Method
 from ...core.ranks import from_first
@@ -25,17 +23,17 @@ from ...core.registry import register_method
 from ...core.rng import numpy_rng
 from ...core.timeline import PlanSpec, Segment, Stage, Timeline
 from ...models.elastic import Space
-from ...models.elastic.named import unused_parts
-from ...zero import access
-from ...zero.hold import Hold
 from .calibrate import batch_norms, calibrate, kept_statistics
 from .config import KEY, ElasticViTConfig, bank_of, exploit_of, levels_of, smallest_of
 from .levels import Walk, macs_text
+from .memory import Memory
 from .preference import Drawn, Sampler
-from .scoring import Images, probe_images, score
+from .price import step_cost
+from .scoring import Probes
 from .tables import Table, build_tables, load_tables, save_tables, table_path
 from .targets import Targets
 from .teacher import Teacher, make_teachers
+from .update import Update
 
 logger = logging.getLogger(__name__)
 
@@ -66,11 +64,9 @@ class ElasticVit(Method):
         self._run_seed = 0
         self._level = 0
         self._index = 0
-        self._hold: Hold | None = None
-        self._hook: Any = None
-        self._raw: Images | None = None
-        self._probes: dict[int, list[Images]] = {}
-        self._inside = _Inside([])
+        self._update: Update | None = None
+        self._memory: Memory | None = None
+        self._probes = Probes(KEY)
         self._tables: list[Table] = []
         self._counts = {"explored": 0, "drawn": 0}
         self._sums: dict[str, tuple[Tensor, int]] = {}
@@ -103,6 +99,9 @@ class ElasticVit(Method):
         self.smallest = smallest_of(self.config, space, self.levels)
         self.walk = Walk(len(self.levels), self.config.walk)
         self.bank = bank_of(self.config, space, self.levels)
+        self._memory = None
+        if self.bank is not None and self.config.bank is not None:
+            self._memory = Memory(self.bank, self.config.bank, self._probes)
 
     @property
     def _seed(self) -> int:
@@ -114,17 +113,9 @@ class ElasticVit(Method):
         return len(self.config.modes)
 
     def cost_factor(self, spec: PlanSpec, stage: Stage) -> float:
-        """Mean MACs of all passes of a step over those of one pass of the largest sub-network.
-
-        Teachers and the scores of the memory bank are not counted.
-        """
+        """Mean MACs of all passes of a step over those of one pass of the largest sub-network; see `step_cost`."""
         assert self.space is not None
-        modes, levels = self.config.modes, self.levels
-        most = self.space.macs(self.space.max(), levels.formula)
-        random = fmean(levels.macs) + levels.window / 2
-        least = fmean(self.space.macs(self.smallest.of(i), levels.formula) for i in range(len(levels)))
-        costs = {"random": random, "smallest": least, "largest": most}
-        return sum(costs[mode] for mode in modes) / most
+        return step_cost(self.config, self.space, self.levels, self.smallest, self.bank, spec)
 
     def prepare_model(self, model: nn.Module) -> nn.Module:
         """Take the space of the model, make the tables and the teachers.
@@ -150,7 +141,8 @@ class ElasticVit(Method):
             raise ConfigError(f"{KEY}: {error}") from error
         self.teachers = make_teachers(self.config.teachers, space.num_classes)
         self.targets = Targets(self.config, self.teachers, space.num_classes)
-        self._inside = _Inside([name for name, _ in model.named_parameters()])
+        names = [name for name, _ in model.named_parameters()]
+        self._update = Update(space, names, self.config.agc, self.config.decay_unused)
         return model
 
     def _make_tables(self) -> list[Table]:
@@ -174,6 +166,16 @@ class ElasticVit(Method):
 
     # -- a step ------------------------------------------------------------------------------------------------
 
+    @property
+    def clips_gradients(self) -> str:
+        """Where there is adaptive clipping, DeepSpeed must not clip."""
+        return f"{KEY}.agc" if self.config.agc is not None else ""
+
+    def on_rebuilt(self, ctx: Context) -> None:
+        """Go on with the new optimizer."""
+        if self._update is not None and self._told:
+            self._update.attach(ctx.engine.deepspeed_engine)
+
     def on_step_start(self, ctx: Context) -> None:
         """Choose the sub-networks of the step: a function of seed, step, walk and bank, which all ranks share."""
         if not self._told:
@@ -196,19 +198,19 @@ class ElasticVit(Method):
             self._levels_drawn.append(level)
         self._counts["drawn"] += len(levels)
         self._counts["explored"] += sum(drawn.explored for drawn in self.drawn)
-        self._raw = None
+        if self._memory is not None:
+            self._memory.begin()
 
     def on_batch(self, ctx: Context, batch: Batch) -> Batch:
         """Keep the images before they are mixed, for the memory bank."""
-        if self.bank is not None and batch.labels is not None:
-            images = batch.images.clone() if batch.normalized else batch.images  # mixing changes those in place
-            self._raw = Images(images, batch.labels, batch.valid, batch.mean, batch.std)
+        if self._memory is not None:
+            self._memory.keep(batch)
         return batch
 
     def on_pass(self, ctx: Context, index: int) -> None:
         """Set the sub-network of the pass."""
         self._index = index
-        ctx.engine.module.set_config(self.drawn[index].config)
+        ctx.engine.module.config = self.drawn[index].config  # set_config would check once more that the space has it
 
     def loss(self, ctx: Context, outputs: Any, batch: Any) -> Tensor:
         """Loss of one sub-network; the smallest learns from those before it.
@@ -229,89 +231,23 @@ class ElasticVit(Method):
         return loss
 
     def on_boundary(self, ctx: Context) -> None:
-        """Keep the blocks that took no part as they are: masters and moments come back right after the update."""
-        engine = ctx.engine.deepspeed_engine
-        assert self.space is not None
-        parts = unused_parts(self.space, [drawn.config for drawn in self.drawn])
-        names = [name for part in parts for name in self._inside[part]]
-        if not names:
-            return
-        access.zero_skipped_gradients(engine, names)
-        if not self.config.decay_unused:
-            layout = access.layout_of(engine)
-            hold = self._hold = Hold(layout, names)
-            # in the optimizer's step, before DeepSpeed sends the new weights around
-            self._hook = layout.base.register_step_post_hook(lambda *_: hold.put_back())
+        """Keep the blocks that took no part as they are."""
+        assert self._update is not None
+        self._update.before(ctx.engine.deepspeed_engine, [drawn.config for drawn in self.drawn])
 
     def on_step_end(self, ctx: Context, applied: bool) -> None:
         """Tell the memory bank how well the new sub-networks do."""
-        if self._hook is not None:
-            self._hook.remove()
-            self._hook = self._hold = None
+        assert self._update is not None
+        self._update.after()
         self.targets.end()
         ctx.engine.module.set_config(None)
-        if self.bank is None or not applied:
+        if self._memory is None or not applied:
             return
-        self._offer(ctx)
-        self._refresh(ctx)
+        self._memory.offer(ctx, self.drawn, self._levels_drawn)
+        self._memory.refresh(ctx, self._level)
         ctx.engine.module.set_config(None)
         if ctx.step % _CHECKSUM_EVERY == 0:
-            self._checksum = self.bank.checksum()
-
-    def _offer(self, ctx: Context) -> None:
-        assert self.bank is not None
-        new = [
-            (level, drawn.config)
-            for level, drawn in zip(self._levels_drawn, self.drawn, strict=True)
-            if drawn.explored and drawn.config not in self.bank.configs(level)
-        ]
-        if not new or self._raw is None:
-            return
-        for (level, config), value in zip(new, score(ctx, [c for _, c in new], [self._raw]), strict=True):
-            self.bank.offer(level, config, value)
-
-    def _refresh(self, ctx: Context) -> None:
-        """Score the banks again where it is time, all of them or that of the step's level."""
-        config = self.config.bank
-        assert self.bank is not None
-        assert config is not None
-        if self._due(ctx, config.refresh):
-            levels: Sequence[int] = range(len(self.levels))
-        elif self._due(ctx, config.refresh_level):
-            levels = [self._level]
-        else:
-            return
-        images = self._probe(ctx, config.images) or ([self._raw] if self._raw is not None else [])
-        pairs = [(level, one) for level in levels for one in self.bank.configs(level)]
-        if not pairs or not images:
-            return
-        scores = score(ctx, [one for _, one in pairs], images)
-        for level in levels:
-            self.bank.rescore(level, [s for (found, _), s in zip(pairs, scores, strict=True) if found == level])
-        best = [self.bank.best(level) for level in range(len(self.levels))]
-        ctx.record(
-            "bank",
-            sizes=[self.bank.size(level) for level in range(len(self.levels))],
-            best=[None if one is None else one.score for one in best],
-            rescored=len(pairs),
-            checksum=self.bank.checksum(),
-        )
-
-    def _due(self, ctx: Context, text: str | None) -> bool:
-        if text is None or ctx.schedule is None:
-            return False
-        spec, total = ctx.schedule.spec, ctx.schedule.total_steps
-        per_epoch = spec.samples / spec.batch if spec.samples else float(total)
-        every = max(1, parse_duration(text).steps(per_epoch, total) or 0)
-        return (ctx.step + 1) % every == 0
-
-    def _probe(self, ctx: Context, count: int) -> list[Images]:
-        """Fixed training samples of this rank, on the host; none without a trainer."""
-        if ctx.probe_batches is None:
-            return []
-        if count not in self._probes:
-            self._probes[count] = probe_images(ctx, count, KEY)
-        return self._probes[count]
+            self._checksum = self._memory.bank.checksum()
 
     # -- evaluation --------------------------------------------------------------------------------------------
 
@@ -351,7 +287,7 @@ class ElasticVit(Method):
         module, engine = ctx.engine.module, ctx.engine.deepspeed_engine
         if not self.config.calibrate or not batch_norms(module):
             return
-        images = self._probe(ctx, self.config.calibrate)
+        images = self._probes.of(ctx, self.config.calibrate)
         if images:
             calibrate(module, engine, (one.on(ctx) for one in images))
 
@@ -365,6 +301,8 @@ class ElasticVit(Method):
         for teacher in self.teachers:
             teacher.to(device, kind)
         assert self.space is not None
+        assert self._update is not None
+        self._update.attach(ctx.engine.deepspeed_engine)
         ctx.record(
             "supernet",
             space=self.space.hash,
@@ -413,18 +351,6 @@ class ElasticVit(Method):
         """For example ``"4 x 100 M-1.2 G MACs"``."""
         low, high = self.levels.macs[0], self.levels.macs[-1]
         return f"{self.passes} x {macs_text(low)}-{macs_text(high)}"
-
-
-class _Inside(dict[str, list[str]]):
-    """Parameters inside of a module, by its name; [] where there is none of that name."""
-
-    def __init__(self, names: list[str]) -> None:
-        super().__init__()
-        self._names = names
-
-    def __missing__(self, key: str) -> list[str]:
-        self[key] = [name for name in self._names if name.startswith(f"{key}.")]
-        return self[key]
 
 
 def _variant(one: str | int) -> str:

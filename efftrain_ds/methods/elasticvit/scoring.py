@@ -113,3 +113,23 @@ def probe_images(ctx: Context, count: int, what: str) -> list[Images]:
     if len(set(counts)) > 1:
         raise ConfigError(f"{what}: the ranks have different numbers of probe batches: {counts}")
     return found
+
+
+class Probes:
+    """This rank's fixed training samples on the host, read once for each number of them.
+
+    Args:
+        what: what errors call the caller.
+    """
+
+    def __init__(self, what: str) -> None:
+        self.what = what
+        self._kept: dict[int, list[Images]] = {}
+
+    def of(self, ctx: Context, count: int) -> list[Images]:
+        """So many samples of all ranks together; none without a trainer. Collective, see `probe_images`."""
+        if ctx.probe_batches is None:
+            return []
+        if count not in self._kept:
+            self._kept[count] = probe_images(ctx, count, self.what)
+        return self._kept[count]

@@ -6,6 +6,7 @@ that measured latencies need not agree between machines.
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 from collections.abc import Callable, Sequence
@@ -25,7 +26,7 @@ from .calibrate import calibrate
 from .config import KEY, SearchConfig
 from .evolution import Evolution, RandomSearch
 from .latency import TableLatency, load_latency
-from .limits import Limit, latency_limit, macs_limit, params_limit
+from .limits import Limit, Predictor, latency_limit, macs_limit, params_limit
 from .searcher import Searcher
 
 STATE = "state.json"
@@ -100,21 +101,43 @@ def limits_of(config: SearchConfig, space: Space[Any], formula: str) -> list[Lim
             low, high = _range(config.params)
             found.append(params_limit(space, high, low))
         if config.latency is not None:
-            provider: Any
-            if config.latency_from == "onnxruntime":
-                from .latency_ort import OrtLatency, require
-
-                require()
-                provider = OrtLatency(space)
-            else:
-                provider = TableLatency(space, load_latency(config.latency_from))
             low, high = _range(config.latency)
-            found.append(latency_limit(space, provider, high, low))
+            found.append(latency_limit(space, provider_of(config.latency_from, space), high, low))
         for limit in found:
             limit.check(space)
     except ConfigError as error:
         raise ConfigError(f"{KEY}.search: {error}") from error
     return found
+
+
+def provider_of(source: str, space: Space[Any]) -> Predictor:
+    """The provider of latencies that a search names.
+
+    Args:
+        source: "onnxruntime", the file of a table, or "package.module:function" of one's own; the function is called
+            with the space.
+        space: of the supernet.
+
+    Raises:
+        ConfigError: a missing package or function, a table that does not fit, or something that is no provider.
+    """
+    if source == "onnxruntime":
+        from .latency_blocks import BlockLatency
+
+        return BlockLatency(space)
+    module, colon, name = source.partition(":")
+    if not colon or Path(source).exists():
+        return TableLatency(space, load_latency(source))
+    where = f'latency_from: "{source}"'
+    try:
+        make = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(f"{where}: {error}") from error
+    provider = make(space)
+    missing = [key for key in ("unit", "device", "predict") if not hasattr(provider, key)]
+    if missing:
+        raise ConfigError(f"{where}: {type(provider).__name__} has no {', '.join(missing)}, so it is no provider")
+    return provider
 
 
 def _range(value: Any) -> tuple[Any, Any]:
@@ -161,6 +184,7 @@ class Search:
     ) -> None:
         self.config, self.space, self.scorer, self.folder, self.tell = config, space, scorer, folder, tell
         self.origin = origin or {}
+        self._latency = next((limit for limit in limits if not limit.cheap), None)
         self.scores: dict[Any, Score] = {}
         self.resumed = 0
         self.searcher: Searcher | None = from_first_only(lambda: make_searcher(config, space, limits, seeds))
@@ -236,16 +260,17 @@ class Search:
         rows = []
         for one in self._on_first.evaluated:
             score = self.scores[one.config]
-            rows.append(
-                {
-                    "config": one.config.to_dict(),
-                    "macs": self.space.macs(one.config),
-                    "params": self.space.params(one.config),
-                    "top1": score.top1,
-                    "loss": score.loss,
-                    "generation": one.generation,
-                }
-            )
+            row = {
+                "config": one.config.to_dict(),
+                "macs": self.space.macs(one.config),
+                "params": self.space.params(one.config),
+                "top1": score.top1,
+                "loss": score.loss,
+                "generation": one.generation,
+            }
+            if self._latency is not None:
+                row["latency"] = float(self._latency.measure(self.space.codes(one.config)[None])[0])
+            rows.append(row)
         return rows
 
 

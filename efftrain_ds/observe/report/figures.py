@@ -55,7 +55,7 @@ _RC = {
 _WIDTH = 11.0
 
 
-def _panels(rows: int, columns: int, height: float, top: float = 0.25, **shared: Any) -> tuple[Any, np.ndarray]:
+def panel_grid(rows: int, columns: int, height: float, top: float = 0.25, **shared: Any) -> tuple[Any, np.ndarray]:
     """A figure and its axes [rows, columns]. Margins in inches are given: finding them out takes longer than drawing.
 
     Args:
@@ -76,7 +76,8 @@ def _panels(rows: int, columns: int, height: float, top: float = 0.25, **shared:
     return figure, grid
 
 
-def _style() -> Any:
+def style() -> Any:
+    """The look of all figures, as a context in which they are drawn."""
     from matplotlib import rc_context
 
     return rc_context(_RC)
@@ -95,7 +96,7 @@ def to_svg(figure: Any, prefix: str, label: str) -> str:
     from matplotlib.backends.backend_svg import FigureCanvasSVG
 
     buffer = io.StringIO()
-    with _style():
+    with style():
         FigureCanvasSVG(figure).print_svg(buffer)
     text = buffer.getvalue()
     text = text[text.index("<svg") :]
@@ -113,7 +114,7 @@ def to_png(figure: Any, path: Path) -> None:
     """Write a figure on white."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-    with _style():
+    with style():
         figure.set_facecolor("white")
         FigureCanvasAgg(figure).print_png(str(path), metadata={"Software": "efftrain-ds"})
 
@@ -166,8 +167,8 @@ class _Across:
 
 def learning(runs: Sequence[RunData]) -> Any:
     """Loss (above) and top-1 (below) against steps, cost and time; several runs lie over each other."""
-    with _style():
-        figure, grid = _panels(2, 3, 5.3, top=0.1, sharey="row")
+    with style():
+        figure, grid = panel_grid(2, 3, 5.3, top=0.1, sharey="row")
         across, single = _Across(runs), len(runs) == 1
         for column in range(3):
             for number, run in enumerate(runs):
@@ -243,9 +244,9 @@ def system(runs: Sequence[RunData]) -> Any | None:
     count = len(present) + timed
     if not count:
         return None
-    with _style():
+    with style():
         rows = -(-count // 3)
-        figure, grid = _panels(rows, 3, 0.3 + 2.4 * rows)
+        figure, grid = panel_grid(rows, 3, 0.3 + 2.4 * rows)
         panels = list(grid.flat)
         for axes, (name, label, factor) in zip(panels, present, strict=False):
             for number, run in enumerate(runs):
@@ -304,8 +305,8 @@ def schedule(run: RunData) -> Any | None:
     if not curves:
         return None
     edges = 100 * np.cumsum([0.0, *(s.share for s in stages)])
-    with _style():
-        figure, grid = _panels(len(curves), 1, 0.6 + 1.25 * len(curves), sharex=True)
+    with style():
+        figure, grid = panel_grid(len(curves), 1, 0.6 + 1.25 * len(curves), sharex=True)
         panels = grid[:, 0]
         for number, (axes, (label, values)) in enumerate(zip(panels, curves, strict=True)):
             axes.stairs(values, edges, fill=True, color=SERIES[number % len(SERIES)], alpha=0.3)
@@ -324,7 +325,7 @@ def overview(runs: Sequence[RunData], headline: str) -> Any:
     """The picture for a README: loss against cost, accuracy against time, and the time of each stage or run."""
     from matplotlib.figure import Figure
 
-    with _style():
+    with style():
         figure = Figure(figsize=(_WIDTH, 3.5), layout="constrained", facecolor="none")
         left, middle, right = figure.subplots(1, 3)
         across, single = _Across(runs), len(runs) == 1

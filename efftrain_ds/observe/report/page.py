@@ -9,7 +9,7 @@ from pathlib import Path
 from ... import __version__
 from ...core.errors import ConfigError
 from ...core.text import duration_text
-from . import figures, html, parts, troubles
+from . import figures, html, parts, subnets, troubles
 from .compare import numbers, target
 from .figures import cost_unit
 from .run import RunData
@@ -82,6 +82,7 @@ def run_sections(run: RunData, now: float, key: str) -> list[tuple[str, str, str
         *drawn,
         ("pictures", "What the network sees", parts.pictures(run)),
         ("maps", "What lives", parts.maps(run)),
+        ("subnets", "Sub-networks", subnets.subnets(run, key)),
         ("decisions", "Decisions", troubles.decisions_table(run)),
         ("faults", "Restarts and faults", troubles.restarts(run, now)),
         ("evals", "Evaluations", parts.evaluations(run)),

@@ -19,6 +19,7 @@ from efftrain_ds.cli.doctor import check_lines
 from efftrain_ds.doctor import comm, compute, software, storage, table
 from efftrain_ds.doctor.check import FAIL, NONE, OK, WARN, Check, Setup, run_checks, verdict
 from efftrain_ds.doctor.environment import environment
+from efftrain_ds.zero.shared_buffers import PREFIX
 
 CONFIG = {
     "train_batch_size": 64,
@@ -285,6 +286,18 @@ def test_shared_memory_against_the_loaders(setup: Any, monkeypatch: pytest.Monke
         )
         assert by_name(made, "shared memory")["shared memory"].status == status
     assert storage.loader_bytes(setup(**{"efftrain/data/workers": 0})) == 0
+
+
+def test_memory_that_ended_runs_left(setup: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(storage, "_SHM", tmp_path)
+    made = setup()
+    assert "left memory" not in by_name(made, "left memory")
+    (tmp_path / f"{PREFIX}_0_127.0.0.1_29500_0").write_bytes(b"0" * (1 << 20))
+    (tmp_path / f"{PREFIX}_0_127.0.0.1_29500_1").write_bytes(b"0" * (1 << 20))
+    found = by_name(made, "left memory")["left memory"]
+    assert found.status == WARN
+    assert "2 buffers of ended DeepSpeed runs hold 2 MB" in found.text
+    assert found.fix.endswith(f"rm {tmp_path}/{PREFIX}_*")
 
 
 def test_room_for_checkpoints(setup: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

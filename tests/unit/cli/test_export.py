@@ -12,8 +12,8 @@ import torch
 
 from efftrain_ds.checkpoint.reader import Checkpoint
 from efftrain_ds.cli import main as cli
+from efftrain_ds.core import packages
 from efftrain_ds.core.errors import CheckpointError, ConfigError, EffTrainError
-from efftrain_ds.export import onnx
 from efftrain_ds.export.images import real_inputs
 from efftrain_ds.export.model import load, model_spec
 from efftrain_ds.export.write import export_checkpoint
@@ -187,7 +187,7 @@ def test_no_average_and_damage(tmp_path: Path, capsys: pytest.CaptureFixture[str
 
 
 def test_onnx_extra_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(onnx, "find_spec", lambda name: None if name == "onnxscript" else sys)
+    monkeypatch.setattr(packages, "find_spec", lambda name: None if name == "onnxscript" else sys)
     with pytest.raises(ConfigError, match=r"ONNX needs onnxscript; install with: .*efftrain-ds\[export\]"):
         export_checkpoint(tmp_path, tmp_path / "out", formats=("onnx",))
 

@@ -144,3 +144,36 @@ def test_a_small_search_from_start_to_file(tmp_path: Path) -> None:
     assert [e["schedule"] for e in events if e["event"] == "search_end"] == [rows]
     assert not (tmp_path / "run" / "search" / "checkpoints").exists()
     assert done.stdout.count(schedule_text(rows)) == 1
+
+
+CURRICULUM = ROOT / "ds_configs" / "smoke_curriculum_search_vit_fmnist.json"
+
+
+def test_a_curriculum_search_shows_its_price_and_stops(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    target = tmp_path / "out"
+    words = ["search", "curriculum", str(CURRICULUM), "--output", str(target), "--dry_run"]
+    assert cli.main([*words, "--set", f"efftrain.run.output={tmp_path}/run"]) == 0
+    shown = capsys.readouterr().out
+    assert "3 stages of 12, 20, 28 px" in shown
+    assert "5,101 images to train on, 899 held out" in shown
+    assert "2.18 to 3.66 times the baseline" in shown
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "code", "text"),
+    [
+        ("efftrain.methods.efficienttrain.search=null", 2, "no search for a schedule"),
+        ("efftrain.methods.efficienttrain.search.candidates=[10]", 3, "10 is not a multiple of the model's stride 4"),
+        ("efftrain.methods.efficienttrain.search.max_epochs=7", 3, "search.max_epochs: the limit is 1.17 times"),
+        ("efftrain.methods.efficienttrain.search.tolerance=0.5", 2, "tolerance"),
+        ('efftrain.methods.efficienttrain.search.hold_out={"per_class":900}', 2, "nothing left to train on"),
+        ("efftrain.run.epochs=0.05", 3, "optimizer steps"),
+    ],
+)
+def test_a_curriculum_search_that_cannot_run(
+    change: str, code: int, text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    changes = ["--set", change, "--set", f"efftrain.run.output={tmp_path}/run"]
+    assert cli.main(["search", "curriculum", str(CURRICULUM), *changes]) == code
+    assert text in capsys.readouterr().err

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from efftrain_ds.config.loader import load_config
+from efftrain_ds.config.loader import build_methods, load_config
 from efftrain_ds.core.batch import Batch
 from efftrain_ds.core.errors import ConfigError, ModelError, PlanError
 from efftrain_ds.core.timeline import PlanSpec
@@ -26,6 +26,9 @@ from tests.distributed.elasticvit_jobs import HYBRID, LEVELS, PLAIN, supernet
 
 def _config(**changes) -> ElasticViTConfig:
     return ElasticViTConfig.model_validate({"levels": (4000, 8000), "window": 2000, "rows": 5, **changes})
+
+
+LEVELS_OF_HYBRID = {"levels": (22000, 32000), "window": 6000}
 
 
 def _spec(space, **changes) -> PlanSpec:
@@ -91,6 +94,10 @@ def test_what_does_not_fit_the_space():
         plan(bank={"capacity": (1, 2, 3)})
     with pytest.raises(ConfigError, match=r"elasticvit.smallest\[0\] has level; needed: up_to, config"):
         plan(smallest=[{"level": 3}])
+    config = HYBRID.min().to_dict()
+    config["stages"]["vit9"] = config["stages"].pop("vit")
+    with pytest.raises(ConfigError, match=r'elasticvit.smallest\[0\].config.stages: unknown entry "vit9".*mean "vit"'):
+        plan(HYBRID, **LEVELS_OF_HYBRID, smallest=[{"up_to": None, "config": config}])
     with pytest.raises(ModelError, match="Linear is no supernet"):
         ElasticVit(_config()).prepare_model(nn.Linear(2, 2))
 
@@ -102,6 +109,14 @@ def test_in_a_file():
     text["efftrain"]["methods"] = {"elasticvit": {}, "svite": {}}
     with pytest.raises(ConfigError, match="elasticvit"):
         load_config(text, world=1)
+    text["efftrain"]["methods"] = {"elasticvit": {}}
+    with pytest.raises(ConfigError, match=r"gradient_clipping: 1, but efftrain.methods.elasticvit.agc clips"):
+        build_methods(load_config(text, world=1))
+    del text["gradient_clipping"]
+    with pytest.raises(ConfigError, match="gradient_clipping: not given, which means 1.0, but"):
+        build_methods(load_config(text, world=1))
+    for changes in ({"gradient_clipping": 0.0}, {"efftrain": {"methods": {"elasticvit": {"agc": None}}}}):
+        assert len(build_methods(load_config({**text, **changes}, world=1))) == 1
 
 
 def test_published_settings_in_the_published_space():
@@ -111,11 +126,33 @@ def test_published_settings_in_the_published_space():
     assert method.levels.macs[-1] == 1_200_000_000
     assert len(method.smallest) == 3
     assert method.bank.capacity == (150,) * 4 + (50,) * 4
+
+
+def test_price_of_a_step():
+    def price(**changes):
+        method = ElasticVit(ElasticViTConfig.model_validate(changes))
+        spec = PlanSpec(0, 10.0, 1_281_167, 768, 96, 8, 224, 32, space=elasticvit_space())
+        method.plan(spec)
+        return method.cost_factor(spec, None)
+
     # (3 x (mean level + half a window) + mean smallest) / largest, all in M MACs
     mean, least = 4300 / 8, (2 * 38.286016 + 2 * 161.671 + 4 * 290.31) / 8
-    assert method.cost_factor(_spec(elasticvit_space()), None) == pytest.approx(
-        (3 * (mean + 10) + least) / 3213.103, rel=1e-3
-    )
+    passes = price(bank=None)
+    assert passes == pytest.approx((3 * (mean + 10) + least) / 3213.103, rel=1e-3)
+    # q is .2, .35, ... for about a sixth of the run each: 0.57 on average; a score is a forward pass, a third
+    again = (99 * 0.2 + 100 * (0.35 + 0.5 + 0.65 + 0.8 + 0.95) + 11 * 1.0) / 610
+    never = price(bank={"refresh": None, "refresh_level": None})
+    assert never - passes == pytest.approx((1 - again) * 3 * (mean + 10) / 3 / 3213.103, rel=1e-3)
+    # 150 entries of four levels and 50 of four: 800 forward passes of 256 images for 1,668 x 768
+    every = price(bank={"refresh_level": None}) - never
+    assert every == pytest.approx((150 * 1040 + 50 * 3340) * 256 / (1668 * 768) / 3 / 3213.103, rel=1e-3)
+    # a frozen ViT-Ti of 1.26 G MACs sees every image once; at 112 pixels a good quarter of that
+    teacher = {"model": "vit_tiny_patch16_224.augreg_in21k_ft_in1k"}
+    assert price(bank=None, teachers=(teacher,)) - passes == pytest.approx(1258 / 3 / 3213.103, rel=0.01)
+    assert price(bank=None, teachers=({**teacher, "resolution": 112},)) - passes < 0.3 * 1258 / 3 / 3213.103
+    assert price(bank=None, teachers=({"model": "hf-hub:someone/something"},)) == passes
+    with pytest.raises(ModelError, match='teachers.0.model: timm has no model "resnet99"'):
+        price(teachers=({"model": "resnet99"},))
 
 
 # -- losses ------------------------------------------------------------------------------------------------------------
@@ -294,15 +331,13 @@ def test_calibration_leaves_the_rest_alone():
 @pytest.mark.parametrize("preference", ["wide_shallow", "uniform"])
 @pytest.mark.parametrize("smallest", [1, 2])
 def test_ablations_draw_from_their_level(walk, preference, smallest):
-    config = _config(walk=walk, preference=preference, smallest=smallest, bank={"capacity": 3})
+    config = _config(walk=walk, preference=preference, smallest=smallest, bank={"capacity": 3}, agc=None)
     method = ElasticVit(config)
     method.plan(_spec(PLAIN))
     net = supernet(PLAIN)
     method.prepare_model(net)
-    module = SimpleNamespace(parameters=net.parameters)
-    ctx = SimpleNamespace(
-        step=0, progress=0.5, record=lambda *a, **k: None, device="cpu", engine=SimpleNamespace(module=module)
-    )
+    engine = SimpleNamespace(module=SimpleNamespace(parameters=net.parameters), deepspeed_engine=None)
+    ctx = SimpleNamespace(step=0, progress=0.5, record=lambda *a, **k: None, device="cpu", engine=engine)
     for ctx.step in range(12):
         method.on_step_start(ctx)
         *random, least = [drawn.config for drawn in method.drawn]

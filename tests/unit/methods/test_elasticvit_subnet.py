@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import pytest
 import torch
@@ -70,10 +71,43 @@ def test_limits_that_nothing_keeps():
         _search(None, Wide(), latency=1.0, latency_from="none.json")
 
 
+class ByWidth:
+    """A provider of one's own."""
+
+    unit, device = "ms", "paper"
+
+    def __init__(self, space) -> None:
+        self.space = space
+
+    def predict(self, config) -> float:
+        return float(config.width)
+
+
+def nothing(space):
+    return object()
+
+
+def test_latency_of_ones_own(monkeypatch):
+    monkeypatch.setitem(sys.modules, "my_latency", sys.modules[__name__])
+    searched = _search(None, Wide(), latency=12.0, latency_from="my_latency:ByWidth")
+    assert searched.run().width == 12
+    rows = searched.table()
+    assert {row["latency"] for row in rows} == {8.0, 12.0}
+    assert all(row["latency"] == row["config"]["width"] for row in rows)
+    for latency, source, message in (
+        (7.0, "my_latency:ByWidth", "search: latency on paper of at most 7 ms: the smallest sub-network .* has 8 ms"),
+        (9.0, "my_latency:By", 'search: latency_from: "my_latency:By": .*has no attribute'),
+        (9.0, "no_such:thing", "No module named 'no_such'"),
+        (9.0, "my_latency:nothing", "object has no unit, device, predict, so it is no provider"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            _search(None, Wide(), latency=latency, latency_from=source)
+
+
 def test_nothing_to_search():
     from efftrain_ds.config.loader import load_config
 
-    text = {"train_batch_size": 8, "gradient_clipping": 1.0, "efftrain": {"methods": {"elasticvit": {}}}}
+    text = {"train_batch_size": 8, "gradient_clipping": 0.0, "efftrain": {"methods": {"elasticvit": {}}}}
     with pytest.raises(ConfigError, match='"search": null'):
         check_subnet_search(load_config(text, world=1))
 
