@@ -35,6 +35,8 @@ from arms import FIXED, chosen
 from common import ROOT, own_environment, spread, store
 from curriculum import run
 
+from efftrain_ds.core.errors import ConfigError
+
 KEY = "efftrain.methods.elasticvit"
 RANDOM = [f"{KEY}.walk=random", f"{KEY}.smallest=1"]
 AWARE = [f"{KEY}.walk=adjacent", f"{KEY}.smallest=3"]
@@ -51,6 +53,9 @@ ARMS: dict[str, tuple[str, list[str]]] = {
 }
 """Name of every arm: what it is, and its changes to the configuration."""
 TEST = "bundled:fashion_mnist/val"
+CLASSES = 10
+CHUNKS = 500
+"""Of 4,096 random sub-networks each, until a budget is given up."""
 
 
 def judge(config: str, folder: Path, overrides: list[str], options: dict[str, Any]) -> dict[str, Any]:
@@ -88,11 +93,12 @@ def judge(config: str, folder: Path, overrides: list[str], options: dict[str, An
         budgets, spent = [], {"search": 0.0}
         for macs in options["budgets"]:
             limits = [macs, macs + window]
-            drawn = draw(space, limits, options["draws"], numpy_rng(options["seed"], "draws", macs))
+            rng = numpy_rng(options["seed"], "draws", macs)
+            drawn = draw(space, limits, options["draws"], rng, first.levels.formula)
             found: dict[str, Any] = {"macs": limits, "drawn": []}
             for one in drawn:
                 test, own = judging.score(one), first.scorer.score(one)
-                costs = {"macs": space.macs(one), "params": space.params(one)}
+                costs = {"macs": space.macs(one, first.levels.formula), "params": space.params(one)}
                 scores = {"top1": test.top1, "loss": test.loss, "search_top1": own.top1, "search_loss": own.loss}
                 found["drawn"].append({**costs, **scores})
             for algorithm in options["algorithms"]:
@@ -109,15 +115,51 @@ def judge(config: str, folder: Path, overrides: list[str], options: dict[str, An
     return {"fixed": fixed, "budgets": budgets, "judge_seconds": spent}
 
 
-def draw(space: Any, limits: Sequence[int], count: int, rng: Any) -> list[Any]:
-    """Different random sub-networks, uniform over the space within limits of MACs."""
+def draw(space: Any, limits: Sequence[int], count: int, rng: Any, formula: str = "exact") -> list[Any]:
+    """Different random sub-networks, uniform over the space within limits of MACs.
+
+    Raises:
+        ConfigError: nothing lies there, or too little to be met.
+    """
+    from efftrain_ds.methods.elasticvit.limits import macs_limit
+
+    limit = macs_limit(space, limits[1], limits[0], formula)
+    limit.check(space)
     found: dict[Any, None] = {}
-    while len(found) < count:
+    for _ in range(CHUNKS):
         codes = space.sample_codes(rng, 4096)
-        macs = space.macs_of(codes)
-        for row in codes[(macs >= limits[0]) & (macs <= limits[1])]:
+        for row in codes[limit.inside(codes)]:
             found.setdefault(space.config(row))
-    return list(found)[:count]
+        if len(found) >= count:
+            return list(found)[:count]
+    raise ConfigError(
+        f"MACs from {limits[0]:,} to {limits[1]:,}: {len(found)} sub-networks in {CHUNKS * 4096:,} random ones of the "
+        f"space; {count} are needed"
+    )
+
+
+def check_budgets(config: str, overrides: list[str], options: dict[str, Any]) -> None:
+    """Refuse budgets in which too few sub-networks lie, before anything is trained.
+
+    Raises:
+        ConfigError: names the first such budget, or no supernet is trained.
+    """
+    from efftrain_ds.config.loader import load_config
+    from efftrain_ds.core.rng import numpy_rng
+    from efftrain_ds.methods.elasticvit.config import ElasticViTConfig, levels_of
+    from efftrain_ds.models.elastic.named import space_of
+
+    loaded = load_config(ROOT / config, overrides=overrides, world=1)
+    model, settings = loaded.efftrain.model, loaded.methods.get("elasticvit")
+    space = space_of(model.name, model.kwargs, model.num_classes or CLASSES)
+    if space is None or not isinstance(settings, ElasticViTConfig):
+        raise ConfigError(f"--config: {config} trains no supernet")
+    levels = levels_of(settings, space)
+    for macs in options["budgets"]:
+        try:
+            draw(space, [macs, macs + levels.window], options["draws"], numpy_rng(0, "draws", macs), levels.formula)
+        except ConfigError as error:
+            raise ConfigError(f"--budgets: {error}") from error
 
 
 def main() -> None:
@@ -145,13 +187,17 @@ def main() -> None:
     start = time.monotonic()
     os.environ.update(own_environment())  # for the processes that judge
     with tempfile.TemporaryDirectory() as scratch:
-        hold_out = json.dumps({"per_class": args.kept // 10})
+        hold_out = json.dumps({"per_class": args.kept // CLASSES})
         fixed = [*FIXED, f"efftrain.run.epochs={args.epochs:g}", "efftrain.data.val=null"]
         fixed.append(f"efftrain.data.hold_out={hold_out}")
-        search = {"images": args.kept // 10 * 10, "calibrate": args.calibrate, "score": args.score}
+        search = {"images": args.kept // CLASSES * CLASSES, "calibrate": args.calibrate, "score": args.score}
         search["evaluations"] = args.evaluations
         options = {"budgets": [int(text) for text in args.budgets.split(",")], "draws": args.draws, "search": search}
         options |= {"algorithms": args.algorithms.split(","), "threads": 1}
+        try:
+            check_budgets(args.config, [*fixed, *args.overrides], options)
+        except ConfigError as error:
+            parser.error(str(error))
         for seed in range(args.seeds):
             turn = seed % len(names)
             order = [*names[turn:], *names[:turn]]  # no arm always comes first

@@ -6,7 +6,8 @@ Model and space are those of the bundled smoke run. All engines live in the same
 see the same images and run the same sub-networks, which are drawn before; rounds take turns, and the ratio is taken
 round by round, of wall clock and of the first rank's processor time. "passes" is our step with the arithmetic of the
 direct one, so that the weights end equal: sampling, losses, sum of gradients. The others add, one after the other, what
-DeepSpeed does not do.
+DeepSpeed does not do. The case with the memory bank is a lower bound: the bank starts empty and holds few entries so
+early, so it scores each new sub-network, but is seldom scored again as a whole.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from common import ROOT, launcher, own_environment, spread, store
 SMOKE = ROOT / "ds_configs" / "smoke_elasticvit_fmnist.json"
 AIM = 1.05
 BANK = "and the memory bank"
+LOWER = "a lower bound: the bank starts empty"
 EQUAL: dict[str, Any] = {"bank": None, "agc": None, "decay_unused": True}
 CASES: dict[str, tuple[bool, dict[str, Any]]] = {
     "passes": (False, EQUAL),
@@ -211,6 +213,7 @@ def main() -> None:
         worker(stages[0], args.rounds, args.steps, args.worker)
         return
     result: dict[str, Any] = {"ranks": args.ranks, "rounds": args.rounds, "steps": args.steps, "zero": {}}
+    result["notes"] = {BANK: LOWER}
     for stage in stages:
         result["zero"][stage] = found = measure(stage, args.ranks, args.rounds, args.steps)
         print(f"ZeRO {stage}: largest difference of the weights {found['largest_difference_of_weights']:.1e}")
@@ -218,9 +221,8 @@ def main() -> None:
             ratio = row["ratio"]["median"]
             text = f"  {name:36s}{row['steps_per_second']['median']:7.2f} steps/s  x{ratio:.3f}"
             text += f"  processor time x{row['ratio_cpu']['median']:.3f}"
-            print(
-                text + (f"  ({'within' if ratio <= AIM else 'ABOVE'} x{AIM})" if name == "passes" else ""), flush=True
-            )
+            notes = {"passes": f"  ({'within' if ratio <= AIM else 'ABOVE'} x{AIM})", BANK: f"  ({LOWER})"}
+            print(text + notes.get(name, ""), flush=True)
     print(f"written to {store('supernet', ' '.join(['python', *sys.argv]), result, args.out)}")
 
 

@@ -19,7 +19,7 @@ from .checkpointing import Checkpointing
 from .core import faults
 from .core.batch import Batch
 from .core.context import Context
-from .core.errors import ConfigError, EffTrainError, NoEffectWarning, RebuildError
+from .core.errors import ConfigError, EffTrainError, NoEffectWarning, RebuildError, RolledBackError
 from .core.method import Method
 from .core.ranks import agree, rank, text_of, world_size
 from .core.timeline import Schedule, Stage
@@ -285,10 +285,15 @@ class EfficientEngine(Checkpointing):
         plan = self.rebuilder.plan(self.deepspeed_engine, request, step=step, ema=self.ema)
         parent = digest(self.rebuilder.blueprint)
         try:
-            report = self.rebuilder.execute(self, plan)
-        finally:  # also after a roll-back
-            if self._compile is not None and self.deepspeed_engine is not None:
-                self.deepspeed_engine.compile(*self._compile[0], **self._compile[1])
+            try:
+                report = self.rebuilder.execute(self, plan)
+            finally:  # also after a roll-back
+                if self._compile is not None and self.deepspeed_engine is not None:
+                    self.deepspeed_engine.compile(*self._compile[0], **self._compile[1])
+        except RolledBackError:
+            for method in self.methods:  # module and optimizer are others, too
+                method.on_rebuilt(self.context)
+            raise
         self.rebuilds.append(
             {"step": step, "reason": request.reason, "parent": parent, "child": digest(self.rebuilder.blueprint)}
         )

@@ -15,32 +15,31 @@ from pathlib import Path
 from typing import Any
 
 from .checkpoint.survey import FOLDER
+from .config.deepspeed_keys import batch_sizes
 from .config.loader import LoadedConfig, build_methods, check_config
 from .core.errors import CheckpointError, ConfigError, PlanError
+from .core.method import Method
 from .core.ranks import from_first
 from .core.text import align
+from .core.timeline import Schedule
 from .data.holdout import HoldOutConfig
 from .data.remote import open_data
 from .methods.efficienttrain.config import KEY, EfficientTrainConfig, SearchConfig
 from .methods.efficienttrain.search import Costs, CurriculumSearch, Outcome, Trial
 from .methods.efficienttrain.search_rows import candidates_of, make_search
+from .methods.efficienttrain.search_sequential import SequentialSearch
 from .observe.console import Console
 from .observe.journal import Journal, read_journal
 from .planning import image_macs, make_plan, plan_spec, with_labels
 from .train_changes import compare
-from .train_curriculum_report import decision_line, decision_table, outcome_text, read_state, write_text
-from .train_setup import start_processes
+from .train_curriculum_report import decision_line, decision_table, outcome_text, read_state, report_of, write_text
+from .train_setup import check_scheduler, start_processes
 from .train_trial import METHOD, TrialTrainer, begin_with, run_part, scheduled, stage_end, trial_config
 
 logger = logging.getLogger(__name__)
 
-STATE, RESULT, BASELINE, REPORT, JOURNAL = (
-    "state.json",
-    "curriculum.json",
-    "baseline.json",
-    "search.json",
-    "journal.jsonl",
-)
+STATE, RESULT, BASELINE = "state.json", "curriculum.json", "baseline.json"
+REPORT, JOURNAL = "search.json", "journal.jsonl"
 TRIALS = "trials"
 _FREE = (
     *("efftrain.run.output", "efftrain.checkpoint", "efftrain.observe", "efftrain.guard", "efftrain.plugins"),
@@ -79,7 +78,11 @@ def check_curriculum_search(config: LoadedConfig) -> SearchConfig:
             wrong.append('scheduler: the learning rate of "et++" follows the search, leave DeepSpeed\'s scheduler out')
     if wrong:
         raise ConfigError("\n".join(wrong))
-    build_methods(config)
+    for method in build_methods(config):
+        if method.owns_loss and type(method).evaluate is not Method.evaluate:
+            raise ConfigError(
+                f"{KEY}.search: compares top-1, which efftrain.methods.{method.name} does not measure; leave one out"
+            )
     return search
 
 
@@ -118,7 +121,9 @@ class CurriculumRun:
         """The search with its costs.
 
         Raises:
-            PlanError: candidates that the model cannot take, stages without a step, or a limit below one candidate.
+            PlanError: candidates that the model cannot take, stages without a step, a limit below one candidate, or
+                what the trainer refuses in one of the trainings.
+            ConfigError: DeepSpeed's own scheduler, and a candidate that changes the learning rate.
             ModelError: the model takes one image size only.
         """
         search, samples = self.settings, self.train.kept
@@ -136,7 +141,33 @@ class CurriculumRun:
         self.full_macs = macs[spec.resolution]
         costs = Costs(spec.resolution, {b: macs[b] / self.full_macs for b in sizes})
         limit = search.max_epochs / self.epochs if search.max_epochs is not None else None
-        return make_search(search, costs, limit)
+        found = make_search(search, costs, limit)
+        self._schedule(None)
+        for b in sizes[:-1]:  # what the trainer would refuse hours later, behind the baseline
+            self._schedule(
+                (*[b] * (search.stages - 1), spec.resolution),
+                found.compute if isinstance(found, SequentialSearch) else 1.0,
+            )
+        return found
+
+    def _schedule(self, sizes: tuple[int, ...] | None, budget: float = 1.0) -> Schedule:
+        """Of the whole training with these bandwidths, as the trainer would plan it; None is the baseline.
+
+        Raises:
+            EffTrainError: the trainer would refuse it.
+        """
+        trial = Trial("plan", sizes, budget, self.settings.stages, None, False, 0.0)
+        config = self._config(trial, trial.name)
+        schedule = make_plan(config, world=self.world, samples=self.train.kept).schedule
+        check_scheduler(config, schedule)
+        return schedule
+
+    def _config(self, trial: Trial, name: str) -> LoadedConfig:
+        """Of a training, with an output folder of this name."""
+        folder = self.folder / TRIALS / name
+        return trial_config(
+            self.config, trial, epochs=self.epochs, folder=folder, hold_out=self.hold_out, world=self.world
+        )
 
     # -- before the start --------------------------------------------------------------------------------------
 
@@ -200,15 +231,12 @@ class CurriculumRun:
     def _train(self, trial: Trial) -> float | None:
         """Top-1 of a training on the held-out part; None where it diverged."""
         folder = self.folder / TRIALS / trial.name
-        arguments: dict[str, Any] = {"epochs": self.epochs, "hold_out": self.hold_out, "world": self.world}
-        config = trial_config(self.config, trial, folder=folder, **arguments)
         if trial.start is not None:
             begin_with(folder, self.folder / TRIALS / trial.start)
         until = stage_end(config=self.config, trial=trial)
-        parts: list[tuple[LoadedConfig, float | None]] = [(config, None)]
+        parts: list[tuple[LoadedConfig, float | None]] = [(self._config(trial, trial.name), None)]
         if trial.tune:
-            tuned = trial_config(self.config, trial, folder=self._tuning(trial.name), **arguments)
-            parts.append((tuned, self.settings.tune))
+            parts.append((self._config(trial, self._tuning(trial.name).name), self.settings.tune))
         results: dict[str, float] | None = None
         for number, (part, tune) in enumerate(parts):
             if tune is not None:
@@ -230,7 +258,11 @@ class CurriculumRun:
 
     def _origin(self) -> dict[str, Any]:
         """The configuration as far as decisions depend on it."""
-        return {"config": self.config.resolved(), "hold_out": self.hold_out.model_dump(mode="json")}
+        return {
+            "config": self.config.resolved(),
+            "hold_out": self.hold_out.model_dump(mode="json"),
+            "global_batch": batch_sizes(self.config.deepspeed, self.world).batch,
+        }
 
     def _load(self) -> int:
         """Go on from what is in the folder; the number of trainings that are done.
@@ -243,8 +275,8 @@ class CurriculumRun:
         if state is None:
             return 0
         origin, found = self._origin(), state["origin"]
-        schedule = make_plan(self.config, world=self.world, samples=self.train.kept).schedule
-        changes = compare(found, origin, past=None, schedule=schedule, step=0)
+        # of the baseline, as the file's own schedule is never trained and need not fit
+        changes = compare(found, origin, past=None, schedule=self._schedule(None), step=0)
         keys = {change.key.removeprefix("config."): change for change in changes}
         wrong = [str(change) for key, change in keys.items() if not key.startswith(_FREE)]
         if state["data"] != self.train.digest:
@@ -298,7 +330,10 @@ class CurriculumRun:
         first = self._written()
         self._write_state()
         self._note(first)
-        # what no later training goes on from; names of trainings that are needed are kept until they are not
+        self._tidy()
+
+    def _tidy(self) -> None:
+        """Delete the checkpoints that no later training goes on from."""
         for name, _ in self.search.results:
             if name not in self.search.needed:
                 shutil.rmtree(self.folder / TRIALS / name / FOLDER, ignore_errors=True)
@@ -310,6 +345,7 @@ class CurriculumRun:
 
     def _finish(self, outcome: Outcome) -> None:
         """Write the schedule as configurations that can be started, and all decisions; show them."""
+        self._tidy()  # a kill may have come between the last state and this
         output = Path(self.config.efftrain.run.output)
         assert self.config.efftrain.run.epochs is not None
         epochs = self.config.efftrain.run.epochs
@@ -319,23 +355,14 @@ class CurriculumRun:
         plain["efftrain"]["run"]["output"] = str(output / "baseline")
         costs = []
         for document in (found, plain):  # what is written can be loaded and planned
+            data = document["efftrain"]["data"]
+            if data["hold_out"] is not None:  # its share was for shorter trainings in the search
+                data["hold_out"]["train_share"], data["samples"] = 1.0, None
             plan = make_plan(check_config(document, world=self.world), world=self.world)
             costs.append(plan.total_cost)
-        report = {
-            "algorithm": self.settings.algorithm,
-            "schedule": outcome.sizes,
-            "budget_epochs": outcome.budget * epochs,
-            "relative_cost": costs[0] / costs[1],
-            "top1": outcome.accuracy,
-            "baseline_top1": outcome.baseline,
-            "why": outcome.why,
-            "complete": outcome.complete,
-            "spent_epochs": self.search.spent * self.epochs,
-            "train": self.train.kept,
-            "held_out": self.held.kept,
-            "results": self.search.results,
-            "decisions": self.search.decisions,
-        }
+        facts = {"budget_epochs": outcome.budget * epochs, "relative_cost": costs[0] / costs[1]}
+        facts |= {"spent_epochs": self.search.spent * self.epochs}
+        report = report_of(self.search, outcome, **facts, train=self.train.kept, held_out=self.held.kept)
         try:
             write_text(self.folder / RESULT, json.dumps(found, indent=1) + "\n")
             write_text(self.folder / BASELINE, json.dumps(plain, indent=1) + "\n")

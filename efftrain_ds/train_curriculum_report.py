@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from .core.errors import CheckpointError
+from .core.files import sync
 from .core.text import align
-from .methods.efficienttrain.search import Outcome
+from .methods.efficienttrain.search import CurriculumSearch, Outcome
 
 
 def _percent(value: float | None) -> str:
@@ -61,6 +62,27 @@ def decision_table(decisions: list[dict[str, Any]]) -> list[str]:
     return align(rows, left=(0, 4))
 
 
+def report_of(search: CurriculumSearch, outcome: Outcome, **facts: float) -> dict[str, Any]:
+    """Result, costs, all measurements and decisions, for JSON.
+
+    Args:
+        search: at its end.
+        outcome: of it.
+        facts: counts and costs by name.
+    """
+    return {
+        "algorithm": search.config.algorithm,
+        "schedule": outcome.sizes,
+        "top1": outcome.accuracy,
+        "baseline_top1": outcome.baseline,
+        "why": outcome.why,
+        "complete": outcome.complete,
+        **facts,
+        "results": search.results,
+        "decisions": search.decisions,
+    }
+
+
 def read_state(path: Path) -> dict[str, Any] | None:
     """State of a search; None where there is none.
 
@@ -79,7 +101,9 @@ def read_state(path: Path) -> dict[str, Any] | None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file that is there whole or not at all."""
+    """Write a file that is there whole or not at all, also after a crash of the machine."""
     partial = path.with_name(path.name + ".partial")
     partial.write_text(text, encoding="utf-8")
+    sync(partial)
     partial.replace(path)
+    sync(path.parent)

@@ -23,6 +23,8 @@ def evaluate(
     ema: bool = False,
     variant: str | None = None,
     stop: Callable[[], bool] | None = None,
+    strict: bool = True,
+    missed: Callable[[int], None] | None = None,
 ) -> dict[str, float] | None:
     """Means over the whole held-out split.
 
@@ -37,12 +39,14 @@ def evaluate(
         ema: evaluate the average of the weights.
         variant: one of the methods' `variants`, whose name then stands before those of the results.
         stop: asked before each batch, on all ranks; True breaks the evaluation off.
+        strict: False takes the means over the samples that could be read, at least one.
+        missed: told how many could not, where there are some.
 
     Returns:
         E.g. ``{"top1": share, "loss": mean, "top5": share}``, or None where it was broken off.
 
     Raises:
-        ShardError: samples were lost or counted twice.
+        ShardError: samples were lost, with `strict` False all of them, or counted twice.
     """
     owner = next((method for method in engine.methods if method.owns_loss), None)
     names: list[str] = []
@@ -64,8 +68,10 @@ def evaluate(
     if dist.is_initialized() and dist.get_world_size() > 1:
         dist.all_reduce(totals)
     count, *found = totals.tolist()
-    if int(count) != samples:
+    if not (1 if not strict else samples) <= int(count) <= samples:
         raise ShardError(f"evaluation saw {int(count)} samples, the split has {samples}")
+    if count < samples and missed is not None:
+        missed(samples - int(count))
     prefix = f"{variant + '_' if variant else ''}{'ema_' if ema else ''}"
     return {f"{prefix}{name}": total / count for name, total in zip(names, found, strict=True)}
 

@@ -9,6 +9,7 @@ import math
 import os
 import random
 import resource
+import socket
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -123,8 +124,6 @@ def _telling_while_waiting(seconds: float = 60) -> Iterator[None]:
 
 
 def _free_port() -> int:
-    import socket
-
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
@@ -172,8 +171,16 @@ def _profile(path: Path, config: LoadedConfig, world: int) -> Throughput | None:
         return None
     profile = load_throughput(path)
     key = profile_key(config.efftrain.model.name, precision_of(config.deepspeed), zero_stage_of(config.deepspeed))
-    fits = (profile.key, profile.world, profile.machine) == (key, world, machine_name())
-    return profile if fits else None
+    return profile if (profile.key, profile.world, profile.machine) == (key, world, machine_name()) else None
+
+
+def check_scheduler(config: LoadedConfig, schedule: Schedule) -> None:
+    """Raises ConfigError: DeepSpeed's own scheduler, and a plan that changes the learning rate."""
+    if "scheduler" in config.deepspeed and any(stage.lr_scale != 1 for stage in schedule.stages):
+        raise ConfigError(
+            "scheduler: DeepSpeed's learning rate does not follow the plan, which changes it with the batch; leave it "
+            "out, or leave the rate of efftrain.methods alone"
+        )
 
 
 def build(
@@ -196,9 +203,8 @@ def build(
     Raises:
         EffTrainError: whatever is wrong with the configuration, the data or the model; nothing was trained.
     """
-    section = config.efftrain
+    section, data = config.efftrain, config.efftrain.data
     rank, world, device = start_processes(config)
-    data = section.data
     remote = {"cache_dir": data.cache_dir, "cache_gb": data.cache_gb, "allow_pipe": data.allow_pipe}
     train_manifest = with_labels(open_data(data.train, **remote), data)
     held_out = held_out_data(data)
@@ -208,11 +214,7 @@ def build(
     profile = _profile(output / "throughput.json", config, world)
     plan = make_plan(config, world=world, samples=train_manifest.kept, throughput=profile, methods=methods)
     whole = plan.schedule
-    if "scheduler" in config.deepspeed and any(stage.lr_scale != 1 for stage in whole.stages):
-        raise ConfigError(
-            "scheduler: DeepSpeed's learning rate does not follow the plan, which changes it with the batch; leave it "
-            "out, or leave the rate of efftrain.methods alone"
-        )
+    check_scheduler(config, whole)
     if measure_steps is not None:
         plan = shortened(plan, measure_steps)
     elif cut is not None:
@@ -319,7 +321,6 @@ def _data(
         mean=data.mean,
         std=data.std,
     )
-
     loader = TrainLoader(
         train,
         seed=seed,
@@ -353,6 +354,7 @@ def _data(
             interpolation=data.interpolation,
             workers=min(data.workers, 2),
             num_classes=num_classes,
+            strict=data.hold_out is None,
         )
     return augment, loader, val_loader
 

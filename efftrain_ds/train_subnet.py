@@ -7,6 +7,7 @@ held out (efftrain.data.hold_out), that part compares them.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 from pathlib import Path
@@ -29,9 +30,8 @@ from .data.remote import open_data
 from .methods.elasticvit.bank import MemoryBank
 from .methods.elasticvit.calibrate import batch_norms
 from .methods.elasticvit.config import KEY, ElasticViTConfig, levels_of
-from .methods.elasticvit.levels import macs_text
-from .methods.elasticvit.limits import Limit
-from .methods.elasticvit.search import Labelled, Scorer, Search, from_first_only, limits_of
+from .methods.elasticvit.levels import macs_text, shape_text
+from .methods.elasticvit.search import Labelled, Scorer, Search, from_first_only, latency_of, limits_of
 from .models.adapters import create_model
 from .models.elastic import save_extracted
 from .models.elastic.named import space_of
@@ -115,6 +115,12 @@ class SubnetSearch:
         self.search = self.settings.search
         section = config.efftrain
         self.rank, self.world, self.device = start_processes(config)
+        if self.world > 1 and self.search.latency is not None and self.search.latency_from == "onnxruntime":
+            raise ConfigError(
+                f'{KEY}.search.latency_from: "onnxruntime" measures on one rank, for which the other '
+                f"{self.world - 1} would wait too long; run the search on one rank, or measure a table first and name "
+                "its JSON file"
+            )
         self.console = Console(self.rank)
         run_folder = Path(section.run.output)
         self.folder = Path(output) if output is not None else run_folder / "search"
@@ -131,6 +137,11 @@ class SubnetSearch:
         self.levels = levels_of(self.settings, space)
         self.average = AVERAGE in self.found.keys if self.search.average is None else self.search.average
         self.net = load_supernet(config, self.found, num_classes, average=self.average).to(self.device)
+        if not self.search.calibrate and batch_norms(self.net):
+            raise ConfigError(
+                f"{KEY}.search.calibrate: 0, but {section.model.name} has batch normalisation, whose statistics are of "
+                "no sub-network until they are estimated; at least 1 image is needed, some thousands are better"
+            )
         calibration, images = self._images(train)
         self.scorer = Scorer(self.net, self.ready, calibration, images)
 
@@ -232,9 +243,9 @@ class SubnetSearch:
         return self._batches(*self._read(manifest, manifest.kept))
 
     def _seeds(self) -> list[Any]:
-        """Entries of the memory bank of the checkpoint, the best first."""
+        """Entries of the memory bank of the checkpoint, the best first; none where the search is to be random."""
         stored = self.found.methods.get("elasticvit", {}).get("bank")
-        if not self.search.seeds or stored is None:
+        if not self.search.seeds or self.search.algorithm == "random" or stored is None:
             return []
         bank = MemoryBank(self.space, self.levels, 10**6)
         bank.load_state_dict(json.loads(stored))
@@ -249,15 +260,10 @@ class SubnetSearch:
         Returns:
             What ``subnet.json`` holds, on all ranks.
         """
-        config, found = self.search, self.found
-        origin = {
-            "checkpoint": found.folder.name,
-            "step": found.step,
-            "average": self.average,
-            "images": [config.images, config.calibrate, config.data or self._part()],
-        }
+        config, found, formula = self.search, self.found, self.levels.formula
+        origin = self._origin()
         # measured latencies are asked for on one rank only
-        limits = from_first_only(lambda: limits_of(config, self.space, self.levels.formula)) or []
+        limits = from_first_only(lambda: limits_of(config, self.space, formula, self.folder)) or []
         searched = Search(
             config,
             self.space,
@@ -266,6 +272,7 @@ class SubnetSearch:
             seeds=self._seeds(),
             folder=self.folder,
             origin=origin,
+            formula=formula,
             tell=self.console.write,
         )
         self.console.write(
@@ -276,13 +283,13 @@ class SubnetSearch:
         )
         best = searched.run()
         score = searched.scores.get(best)
-        latency = from_first(lambda: self._latency_of(limits, best))
+        latency = from_first(lambda: latency_of(config, self.space, limits, best))
         self.scorer.prepare(best)
         held_out = self._held_out()
         result = {
             "space": self.space.to_dict(),
             "config": best.to_dict(),
-            "macs": self.space.macs(best),
+            "macs": self.space.macs(best, formula),
             "params": self.space.params(best),
             **latency,
             "search_top1": score.top1 if score else None,
@@ -291,7 +298,6 @@ class SubnetSearch:
             **origin,
             "evaluations": len(searched.scores),
             "algorithm": config.algorithm,
-            "score": config.score,
             "seed": config.seed,
             "input": self._input(best.resolution),
             "limits": config.model_dump(include={"macs", "params", "latency", "latency_from"}),
@@ -300,19 +306,22 @@ class SubnetSearch:
             self._write(searched.table(), best, result)
         return result
 
-    def _latency_of(self, limits: list[Limit], config: Any) -> dict[str, Any]:
-        """Latency of a sub-network with its unit and device, where it was limited; else nothing."""
-        found = next((limit for limit in limits if not limit.cheap), None)
-        if found is None:
-            return {}
-        value = float(found.measure(self.space.codes(config)[None])[0])
-        words = {"latency": value, "latency_unit": found.unit, "latency_device": found.name.partition(" on ")[2]}
-        if self.search.latency_from != "onnxruntime":
-            return words
-        from .methods.elasticvit.latency_ort import OrtLatency
-
-        # the search adds up measured blocks; the choice alone is measured as a whole
-        return {**words, "latency_whole": OrtLatency(self.space).predict(config)}
+    def _origin(self) -> dict[str, Any]:
+        """What scores and costs depend on: a search of another one cannot go on."""
+        config, found, data = self.search, self.found, self.config.efftrain.data
+        # another checkpoint of the same step has other files
+        files = hashlib.sha256(json.dumps(found.files, sort_keys=True).encode()).hexdigest()[:16]
+        return {
+            "checkpoint": found.folder.name,
+            "step": found.step,
+            "files": files,
+            "average": self.average,
+            "images": [config.images, config.calibrate, config.data or self._part()],
+            "loaded": [data.eval_resolution or data.resolution, data.eval_crop, data.interpolation],
+            "score": config.score,
+            "formula": self.levels.formula,
+            "latency_from": config.latency_from if config.latency is not None else None,
+        }
 
     def _held_out(self) -> dict[str, float]:
         """The winner, as it is set, on images that had no part in the search; empty without any. Collective."""
@@ -355,7 +364,7 @@ class SubnetSearch:
         self.console.write(
             f"best     {macs_text(result['macs'])} MACs, {result['params']:,} parameters{timed}, "
             f"top1 {100 * (result['search_top1'] or 0):.2f}% in the search{held}\n"
-            f"         {_shape(best)}\n"
+            f"         {shape_text(best)}\n"
             f"written  {self.folder}: {SUBNET}, {RESULT}, {TABLE}, {PLOT}\n"
             f"export   efftrain export {self.folder / SUBNET} --output DIR --format onnx"
         )
@@ -372,18 +381,6 @@ class SubnetSearch:
         with Image.open(self.folder / PLOT) as picture:
             board.image("search/pareto", np.asarray(picture.convert("RGB")), len(table))
         board.close()
-
-
-def _shape(config: Any) -> str:
-    """A sub-network in a line, sizes of stages or layers joined: ``"24 px, widths 8-12-24-48, depths 1-1-2-1"``."""
-    names = ("widths", "depths", "width", "depth", "heads", "mlp")
-    words = [f"{config.resolution} px"]
-    for name in names:
-        value = getattr(config, name, None)
-        if value is not None:
-            sizes = value if isinstance(value, tuple) else (value,)
-            words.append(f"{name} {'-'.join(f'{size:g}' for size in sizes)}")
-    return ", ".join(words)
 
 
 def run_subnet_search(

@@ -17,6 +17,7 @@ from deepspeed.accelerator import get_accelerator
 from .checkpoint.folder import LATEST, newest_good
 from .checkpoint.survey import FOLDER
 from .config.loader import LoadedConfig, check_config
+from .core.durations import parse_duration
 from .core.errors import CheckpointError, DivergenceError
 from .core.ranks import from_first
 from .core.timeline import Schedule, Stage
@@ -78,7 +79,11 @@ def trial_config(
     section = document["efftrain"]
     section["run"]["output"] = str(folder)
     section["data"] |= {"val": None, "samples": None, "hold_out": hold_out.model_dump(mode="json")}
-    section["checkpoint"]["resume"] = True
+    section["checkpoint"] |= {"resume": True, "keep": 1}
+    warmup, whole = parse_duration(section["optim"]["warmup"]), config.efftrain.run.epochs
+    if warmup.unit != "%" and whole is not None and whole != epochs:  # the same share of a shorter training
+        number = f"{warmup.value * epochs / whole:.6f}".rstrip("0").rstrip(".")
+        section["optim"]["warmup"] = f"{number}{warmup.unit}"
     section["observe"] |= {"tensorboard": False, "wandb": None, "images_every": None, "eval_every": "100%"}
     return check_config(document, world=world)
 

@@ -172,6 +172,7 @@ class Trainer:
                 batch = run.augment.before(batch, magnitude)
                 batch = engine.prepare_batch(batch)
                 batch = run.augment.after(batch, step, index, stage.settings.get("erasing"))
+                batch.denominator = denominator
                 for number in engine.each_pass():
                     logits = engine(batch.images)
                     loss = engine.loss(logits.float(), batch, lambda out, b: self._loss(out, b, denominator))
@@ -296,10 +297,13 @@ class Trainer:
                 run.val_manifest.kept,
             )
             results: dict[str, float] | None = {}
+            missed: list[int] = []
+            # shards to train on may have unreadable images, as the training counts and leaves out
+            lenient: dict[str, Any] = {"strict": self.config.efftrain.data.hold_out is None, "missed": missed.append}
             kinds = [False] if self.engine.ema is None else [False, True]
             variants = [None, *(name for method in self.engine.methods for name in method.variants)]
             for variant, ema in itertools.product(variants, kinds):
-                found = evaluate(*args, ema=ema, variant=variant, stop=self.guard.poll)
+                found = evaluate(*args, ema=ema, variant=variant, stop=self.guard.poll, **lenient)
                 if found is None or results is None:
                     results = None
                     break
@@ -312,8 +316,9 @@ class Trainer:
         self.results = results
         self._evaluation_due = False
         step, seconds = self.engine.step_index, time.monotonic() - start
-        self.console.write(eval_line(step, results, samples=run.val_manifest.kept, seconds=seconds, best=self.best))
-        self._record("eval", step=step, **results)
+        samples = run.val_manifest.kept - max(missed, default=0)
+        self.console.write(eval_line(step, results, samples=samples, seconds=seconds, best=self.best))
+        self._record("eval", step=step, **results, **({"missing": missed[0]} if missed else {}))
         if self.logs is not None:
             self.logs.scalars({f"eval/{name}": value for name, value in results.items()}, step)
 

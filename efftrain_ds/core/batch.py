@@ -26,6 +26,8 @@ class Batch:
         lam: weight of `labels` against `labels_b`, in [0, 1].
         mean: per-channel mean in 0..1 to be applied by whoever turns `images` into floating point.
         std: per-channel standard deviation in 0..1.
+        denominator: what the loss divides the sum over the valid samples by, so that the step's gradient is the mean
+            over the valid samples of all ranks and micro-batches; scalar float. None = their number in this batch.
     """
 
     images: Tensor
@@ -37,6 +39,7 @@ class Batch:
     lam: float = 1.0
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
+    denominator: Tensor | None = None
 
     @property
     def normalized(self) -> bool:

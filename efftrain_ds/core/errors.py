@@ -39,6 +39,10 @@ class RebuildError(EffTrainError, RuntimeError):
     """The ZeRO partitions could not be rebuilt; the previous state was kept."""
 
 
+class RolledBackError(RebuildError):
+    """A rebuild failed halfway; module and optimizer were made anew on all ranks, with the state before it."""
+
+
 class DivergenceError(EffTrainError, RuntimeError):
     """Training diverged (non-finite loss or gradients in too many consecutive steps)."""
 

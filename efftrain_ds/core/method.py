@@ -125,7 +125,10 @@ class Method:
         return None
 
     def on_rebuilt(self, ctx: Context) -> None:
-        """Called after a rebuild, when the module, the optimizer and the average are the new ones."""
+        """Called after a rebuild, when the module, the optimizer and the average are the new ones.
+
+        Also after one that failed and was rolled back (they are new then, too), and perhaps twice in a row.
+        """
 
     def on_step_start(self, ctx: Context) -> None:
         """Called before the first micro-batch of an optimizer step."""

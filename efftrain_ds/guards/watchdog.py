@@ -181,7 +181,9 @@ class Watchdog:
                     self._finish(marker["text"])
                 elif age > self._limit(self._now[0]) / 2:
                     beats, silent = self._look(now)
-                    if age > self._limit(self._now[0]) and not self._excused(beats, silent):
+                    if age > self._limit(self._now[0]) + self._patience(beats, silent) and not self._excused(
+                        beats, silent
+                    ):
                         self._declare(age, beats, silent)
             except Exception as error:  # a watchdog that dies of a full disk guards nothing
                 self._complain(error)
@@ -235,6 +237,11 @@ class Watchdog:
             return Beat(**json.loads(self._path(rank).read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError):
             return None
+
+    def _patience(self, beats: Mapping[int, Beat | None], silent: set[int]) -> float:
+        """Seconds for which this rank lets the first living one speak: one message is enough."""
+        living = [rank for rank, beat in beats.items() if beat is not None and rank not in silent and not beat.done]
+        return 0.0 if self.rank == min(living, default=self.rank) else 2 * self.interval
 
     def _excused(self, beats: Mapping[int, Beat | None], silent: set[int]) -> bool:
         """True while some other rank moves, or is in a phase that may take longer than ours."""

@@ -23,6 +23,12 @@ from .sincos import Grid, sincos_positions
 
 _TIMM = ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir", "features_only", "out_indices", "num_classes")
 """What is passed to every builder and means nothing here."""
+_FIXED = {"num_classes": 0, "pos_embed": "none", "dynamic_img_size": True, "weight_init": "skip"}
+_REFUSED = frozenset(
+    (*_FIXED, "global_pool", "class_token", "reg_tokens", "patch_drop_rate", "pos_drop_rate", "drop_rate", "pre_norm")
+    + ("fc_norm", "fix_init", "no_embed_class", "pool_include_prefix")
+)
+"""Arguments of timm's encoder that are fixed here, or that would be taken and have no effect."""
 
 
 def visible_patches(patches: int, mask_ratio: float) -> int:
@@ -79,7 +85,7 @@ class MaskedAutoencoder(VisionTransformer):
         mask_ratio: as given; may be changed at any time.
 
     Raises:
-        ModelError: a width that the positions cannot have.
+        ModelError: a width that the positions cannot have, or an argument of timm's that has no place here.
     """
 
     def __init__(
@@ -89,6 +95,7 @@ class MaskedAutoencoder(VisionTransformer):
         patch_size: int = 16,
         in_chans: int = 3,
         embed_dim: int = 768,
+        num_heads: int = 12,
         mlp_ratio: float = 4.0,
         decoder_embed_dim: int = 512,
         decoder_depth: int = 8,
@@ -99,8 +106,7 @@ class MaskedAutoencoder(VisionTransformer):
         for key, width in (("embed_dim", embed_dim), ("decoder_embed_dim", decoder_embed_dim)):
             if width % 4:
                 raise ModelError(f"efftrain.model.kwargs.{key}: {width} is not a multiple of 4, as positions need")
-        fixed = {"num_classes": 0, "pos_embed": "none", "dynamic_img_size": True, "weight_init": "skip"}
-        clash = sorted(set(kwargs) & {*fixed, "global_pool", "class_token", "reg_tokens", "patch_drop_rate"})
+        clash = sorted(set(kwargs) & _REFUSED)
         if clash:
             raise ModelError(f"efftrain.model.kwargs.{clash[0]}: cannot be chosen for a masked autoencoder")
         super().__init__(
@@ -108,8 +114,9 @@ class MaskedAutoencoder(VisionTransformer):
             patch_size=patch_size,
             in_chans=in_chans,
             embed_dim=embed_dim,
+            num_heads=num_heads,
             mlp_ratio=mlp_ratio,
-            **fixed,
+            **_FIXED,
             **kwargs,
         )
         self.patch = patch_size
@@ -125,8 +132,10 @@ class MaskedAutoencoder(VisionTransformer):
         )
         self.decoder_norm = LayerNorm(decoder_embed_dim)
         self.decoder_pred = nn.Linear(decoder_embed_dim, patch_size**2 * in_chans)
-        # tells who reads a checkpoint in which unit the positions are; whole numbers outlive bf16
+        # tell who reads a checkpoint in which unit the positions are, and the heads, which no shape shows; whole
+        # numbers outlive bf16
         self.register_buffer("position_grid", torch.tensor(self.full_grid))
+        self.register_buffer("attention_heads", torch.tensor((num_heads, decoder_num_heads)))
         self._draw()
 
     @property

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.errors import ModelError
+from .mae_weights import is_masked_autoencoder
 
 logger = logging.getLogger(__name__)
 
@@ -186,6 +187,8 @@ def _fitted(
 ) -> tuple[dict[str, Tensor], list[str]]:
     """The weights at the model's image size, and what was changed for it."""
     if all(key in own and value.shape == own[key].shape for key, value in taken.items()):
+        return taken, []
+    if is_masked_autoencoder(own):  # timm's filter takes it for a DINOv2 and drops its mask token
         return taken, []
     filter_fn: Callable[..., Any] | None = None
     for cls in type(model).__mro__:  # a model may be wrapped in a class of ours

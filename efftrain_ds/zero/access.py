@@ -44,8 +44,8 @@ _PRIVATE: dict[str, tuple[str, ...]] = {
         "checkpoint_event_epilogue",
         "loss_scaler",
     ),
-    _UNFUSED: ("fp16_groups", "fp32_groups", "loss_scale_config"),
-    _FUSED: ("fp16_groups", "fp16_groups_flat", "fp32_groups_flat", "loss_scale_config"),
+    _UNFUSED: ("fp16_groups", "fp32_groups", "loss_scale_config", "fused_lamb_legacy"),
+    _FUSED: ("fp16_groups", "fp16_groups_flat", "fp32_groups_flat", "loss_scale_config", "fused_adam_legacy"),
 }
 
 
@@ -481,6 +481,20 @@ def unsupported(engine: Any, where: str = "where parameters change in mid-run") 
     checks["fp16 with torch_autocast"] = getattr(optimizer, "torch_autocast_gradscaler", None) is not None
     found = [key for key, bad in checks.items() if bad]
     return f"{found[0]}: not supported {where}" if found else None
+
+
+def gradients_beside(engine: Any) -> str | None:
+    """Why gradients do not lie on the masters when the base optimizer steps; None where they do.
+
+    Stage 0's wrappers hand them to some optimizers as an argument.
+    """
+    for key in ("fused_lamb_legacy", "fused_adam_legacy"):
+        if getattr(engine.optimizer, key, False):
+            return (
+                f"{key}: DeepSpeed hands the gradients over beside the parameters at zero_optimization.stage 0; use "
+                "stage 1, 2 or 3"
+            )
+    return None
 
 
 def unreadable(engine: Any) -> str | None:

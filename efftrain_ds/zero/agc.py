@@ -116,7 +116,7 @@ class UnitClip:
     """
 
     def __init__(self, engine: Any, factor: float, eps: float = EPS) -> None:
-        why = access.unsupported(engine, "with clipping by unit")
+        why = access.unsupported(engine, "with clipping by unit") or access.gradients_beside(engine)
         if why is not None:
             raise ConfigError(why)
         if engine.gradient_clipping() > 0:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core import faults
-from ..core.errors import RebuildError
+from ..core.errors import RebuildError, RolledBackError
 from ..core.ranks import agree, text_of
 from ..core.rng import torch_rng
 from . import access
@@ -154,7 +154,8 @@ class Rebuilder:
             plan: from `plan`.
 
         Raises:
-            RebuildError: it failed; the previous state is back (with `keep_old`).
+            RolledBackError: it failed; the previous state is back, in a new engine (with `keep_old`).
+            RebuildError: it failed, and the state is lost.
         """
         clock = _Clock()
         hooks = hooks_of(holder.deepspeed_engine.module)
@@ -180,7 +181,7 @@ class Rebuilder:
                 raise RebuildError(f"{problem}; the old state was given up (keep_old is false)") from error
             self._roll_back(holder, bundle, old_blueprint, old_groups, skeleton)
             put_hooks(hooks, holder.deepspeed_engine.module)
-            raise RebuildError(f"{problem}; the state before the rebuild is restored") from error
+            raise RolledBackError(f"{problem}; the state before the rebuild is restored") from error
         put_hooks(hooks, holder.deepspeed_engine.module)
         self.blueprint, self.groups = plan.blueprint, plan.groups
         after = sum(plan.shapes[name].numel() for name in plan.trainable)

@@ -13,6 +13,7 @@ from torch import nn
 import efftrain_ds
 from efftrain_ds.core.batch import Batch
 from efftrain_ds.methods.elasticvit.calibrate import batch_norms, calibrate
+from efftrain_ds.methods.elasticvit.losses import alpha_div
 from efftrain_ds.methods.elasticvit.method import ElasticVit
 from efftrain_ds.methods.elasticvit.scoring import probe_images, score
 from efftrain_ds.models.elastic import HybridSpace, PlainSpace
@@ -322,44 +323,58 @@ def learning_job(folder: str, steps: int, stop: int) -> dict[str, Any]:
 
 
 def teacher_job(folder: str) -> dict[str, Any]:
-    """A timm model with a file of weights that the test has made teaches two supernets: alone it halves the labels, as
-    two it replaces them."""
+    """Timm models with files of weights that the test has made teach two supernets: one alone halves the labels, two
+    replace them. The losses of all passes against the same written out, and how near the teachers come."""
     import timm
     from safetensors.torch import save_file
 
     kwargs = {"img_size": 12, "patch_size": 4, "embed_dim": 16, "depth": 1, "num_heads": 2}
-    torch.manual_seed(5)
-    teacher = timm.create_model("vit_tiny_patch16_224", num_classes=CLASSES, **kwargs)
-    optimizer = torch.optim.AdamW(teacher.parameters(), lr=1e-2)
-    for _ in range(60):  # the brightest fifth of the rows
-        images = torch.randn(32, 3, 12, 12)
-        labels = images[:, :, :10].unflatten(2, (CLASSES, 2)).mean((1, 3, 4)).argmax(1)
-        loss = nn.functional.cross_entropy(teacher(images), labels)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    path = f"{folder}/teacher{dist.get_rank()}.safetensors"
-    save_file(teacher.state_dict(), path)
-    given = {"model": "vit_tiny_patch16_224", "weights": path, "kwargs": kwargs}
-    found: dict[str, Any] = {"teacher": float(loss.detach())}
+    teachers, given = [], []
+    for number in range(2):
+        torch.manual_seed(5 + number)
+        teacher = timm.create_model("vit_tiny_patch16_224", num_classes=CLASSES, **kwargs).eval()
+        torch.nn.init.normal_(teacher.head.weight)  # fresh ones are sure of nothing
+        path = f"{folder}/teacher{number}-{dist.get_rank()}.safetensors"
+        save_file(teacher.state_dict(), path)
+        teachers.append(teacher)
+        given.append({"model": "vit_tiny_patch16_224", "weights": path, "kwargs": kwargs})
+    found: dict[str, Any] = {}
     for count in (1, 2):
-        method = {"bank": None, "teachers": [given] * count, "temperature": 1.0}
+        method = {"bank": None, "teachers": given[:count], "temperature": 0.7}
         engine, *_ = efftrain_ds.initialize(model=supernet(), config=_config(1, method, 60))
-        divergences = []
+        divergences, wrong = [], 0.0
         generator = torch.Generator().manual_seed(dist.get_rank())
-        for step in range(60):
+        for _ in range(60):
             images = torch.randn(6, 3, 12, 12, generator=generator)
-            labels = torch.randint(CLASSES, (6,), generator=generator) if count == 1 else torch.zeros(6).long()
-            losses = _train(engine, [(images, labels)])
+            labels = torch.randint(CLASSES, (6,), generator=generator)
+            with torch.no_grad():
+                soft = torch.stack([(one(images) / 0.7).softmax(-1) for one in teachers[:count]]).mean(0)
+            batch, seen = engine.prepare_batch(Batch(images=images, labels=labels)), []
+            for index in engine.each_pass():
+                logits = engine(batch.images)
+                loss = engine.loss(logits, batch)
+                if engine.methods[0].config.modes[index] == "smallest":
+                    expected = alpha_div(logits, torch.stack(seen).mean(0))
+                else:
+                    expected = nn.functional.cross_entropy(logits, soft)
+                    if count == 1:
+                        hard = nn.functional.cross_entropy(logits, labels, label_smoothing=0.1)
+                        expected = (expected + hard) / 2
+                    seen.append(logits.detach().softmax(-1))
+                wrong = max(wrong, abs(float((loss / engine.passes - expected).detach())))
+                engine.backward(loss)
+                engine.step()
             with torch.no_grad():
                 own = engine.module(images, PLAIN.max()).log_softmax(-1)
-                divergences.append(
-                    float(nn.functional.kl_div(own, teacher.eval()(images).softmax(-1), reduction="batchmean"))
-                )
-            assert all(x == x for x in losses), step
-        found[f"first{count}"] = sum(divergences[:10])
-        found[f"last{count}"] = sum(divergences[-10:])
-        kept = engine.methods[0].teachers[0].net.state_dict()
-        found[f"frozen{count}"] = all(torch.equal(value, kept[name]) for name, value in teacher.state_dict().items())
+            divergences.append(float(nn.functional.kl_div(own, soft, reduction="batchmean")))
+        found[f"wrong{count}"] = wrong
+        found[f"closer{count}"] = sum(divergences[-10:]) / sum(divergences[:10])
+        inside = engine.methods[0].teachers
+        found[f"frozen{count}"] = all(
+            torch.equal(value, own.net.state_dict()[name])
+            for one, own in zip(teachers, inside, strict=False)
+            for name, value in one.state_dict().items()
+        )
+        found[f"teachers{count}"] = len(inside)
         engine.destroy()
     return found

@@ -337,6 +337,8 @@ def rollback_job(stage: int, dtype: str, where: str) -> dict:
     engine = make(stage, dtype)
     train(engine, 0, 3)
     before = outcome(engine)
+    told = Told()
+    engine.methods.append(told)
     rebuilder = engine.rebuilder
     working = rebuilder._create
     calls = []
@@ -372,13 +374,28 @@ def rollback_job(stage: int, dtype: str, where: str) -> dict:
         exchange.Exchange.move = original
         rebuilder._create = working
     restored = differing(before, outcome(engine))
+    known = told.engines == [id(engine.deepspeed_engine)]
     losses = train(engine, 3, 6)
     later = differing(end, outcome(engine))
     engine.rebuild(grow(4, 6, [0, 1, 2, 2, 3, 3]))  # the next attempt works
     result = {"text": text, "restored": restored, "losses": losses == expected, "end": later}
     result["blocks"], result["history"] = len(engine.module.blocks), len(engine.rebuilds)
+    result["told"] = known and told.engines[1:] == [id(engine.deepspeed_engine)]
     engine.destroy()
     return result
+
+
+class Told(Method):
+    """Hears of new engines."""
+
+    name = "told"
+
+    def __init__(self):
+        super().__init__(None)
+        self.engines = []
+
+    def on_rebuilt(self, ctx):
+        self.engines.append(id(ctx.engine.deepspeed_engine))
 
 
 def leak_job(stage: int, times: int) -> dict:

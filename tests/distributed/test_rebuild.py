@@ -277,6 +277,7 @@ def test_a_failure_brings_the_old_state_back(ranks, stage, dtype, where):
         assert result["end"] == []
         assert result["blocks"] == 6
         assert result["history"] == 1
+        assert result["told"]  # methods hear of the engine that a roll-back makes
 
 
 def test_a_failure_without_the_old_state_says_so(ranks):

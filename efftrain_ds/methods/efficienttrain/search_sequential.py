@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, cached_property
 
 from ...core.errors import DivergenceError
 from .search import CurriculumSearch, Outcome, Steps, Trial
+
+_EPS = 1e-6
 
 
 class SequentialSearch(CurriculumSearch):
@@ -16,8 +18,14 @@ class SequentialSearch(CurriculumSearch):
     measured; the best one stays (among those within the tolerance the smallest), and the next stage goes on from its
     state before that while. The last stage has the full size. Then the schedule is trained to its end, which costs its
     remaining stages only, and compared with the baseline (`check`): where it is less accurate, it is trained with the
-    baseline's whole budget, and where that is less accurate too, the baseline is the result.
+    baseline's whole budget, and where that is less accurate too, the baseline is the result. No schedule costs more
+    than the baseline: where sizes are dearer by their MACs than as they are scheduled, the budget is that much smaller.
     """
+
+    @cached_property
+    def compute(self) -> float:
+        """Budget of the schedule as a share of the baseline's: as configured, but no sizes cost more than it."""
+        return min(self.config.compute, *(self._most([b] * self.config.stages) for b in self.costs.sizes))
 
     def cost(self, sizes: Sequence[int], budget: float, first: int = 0) -> float:
         """Of the stages from `first` on: stages have equal compute as it is scheduled, by (size / full)^2."""
@@ -26,7 +34,7 @@ class SequentialSearch(CurriculumSearch):
 
     def _candidate(self, small: Sequence[int], start: str | None) -> Trial:
         """Training of the last of the stages `small`, and the tuning."""
-        compute, stage = self.config.compute, len(small) - 1
+        compute, stage = self.compute, len(small) - 1
         cost = self.cost(small, compute, stage) + compute * self.config.tune
         name = f"stage{stage + 1}-B{small[-1]}"
         return Trial(name, self._full(small), compute, len(small), start, True, cost)
@@ -39,21 +47,21 @@ class SequentialSearch(CurriculumSearch):
         """Most that the schedule's training costs behind so many stages, where it is checked."""
         if not self.config.check:
             return 0.0
-        return max(self.cost([b] * self.config.stages, self.config.compute, stages) for b in self.costs.sizes)
+        return max(self.cost([b] * self.config.stages, self.compute, stages) for b in self.costs.sizes)
 
     def prices(self) -> list[tuple[str, float]]:
         """See `CurriculumSearch`."""
         rows = [(f"one stage at {b} px, tuned and measured", self._candidate([b], None).cost) for b in self.costs.sizes]
         if self.config.check:
-            compute, none = self.config.compute, self._full(())
+            compute, none = self.compute, self._full(())
             rows = [("baseline", 1.0), *rows, ("the rest of the schedule", self.cost(none[-1:], compute))]
-            if compute < 1:
+            if self.config.compute < 1:
                 rows.append(("where that is not enough, the schedule with the baseline's budget", self.cost(none, 1)))
         return rows
 
     def extent(self) -> tuple[float, float]:
         """See `CurriculumSearch`."""
-        stages, compute, check = self.config.stages, self.config.compute, self.config.check
+        stages, compute, check = self.config.stages, self.compute, self.config.check
 
         @cache
         def walk(sizes: tuple[int, ...]) -> tuple[float, float]:
@@ -61,7 +69,7 @@ class SequentialSearch(CurriculumSearch):
             if len(sizes) == stages - 1 or len(options) == 1:
                 whole = self._full(sizes)
                 low = self.cost(whole, compute, len(sizes)) if check else 0.0
-                again = self.cost(whole, 1.0) if check and self._again(whole) else 0.0
+                again = self.cost(whole, self._most(whole)) if check and self._again(whole) else 0.0
                 return low, low + again
             trained = sum(self._candidate([*sizes, b], None).cost for b in options)
             found = [walk((*sizes, b)) for b in options]
@@ -72,7 +80,12 @@ class SequentialSearch(CurriculumSearch):
 
     def _again(self, sizes: Sequence[int]) -> bool:
         """Whether the schedule can be trained with a larger budget that is not above the baseline's cost."""
-        return self.config.compute < 1 and self.cost(sizes, 1.0) <= 1 + 1e-6
+        return self.config.compute < 1 and self._most(sizes) > self.compute + _EPS
+
+    def _most(self, sizes: Sequence[int]) -> float:
+        """Largest budget, up to the baseline's, with which these sizes cost no more than the baseline by their MACs."""
+        cost = self.cost(sizes, 1.0)
+        return 1.0 if cost <= 1 + _EPS else 1.0 / cost
 
     def _steps(self) -> Steps:
         config, baseline = self.config, None
@@ -116,7 +129,7 @@ class SequentialSearch(CurriculumSearch):
             self._decide("stage", stage=stage + 1, bandwidth=chosen, accuracy=finite[chosen], best=best)
         sizes = self._full(small)
         outcome = Outcome(
-            sizes, config.compute, self.cost(sizes, config.compute), None, None, "the whole was not trained", complete
+            sizes, self.compute, self.cost(sizes, self.compute), None, None, "the whole was not trained", complete
         )
         if baseline is not None:
             outcome = yield from self._check(sizes, len(small), start, baseline, complete)
@@ -126,12 +139,11 @@ class SequentialSearch(CurriculumSearch):
     def _check(self, sizes: tuple[int, ...], done: int, start: str | None, baseline: float, complete: bool) -> Steps:
         """Train the whole schedule, if need be with the baseline's budget, and compare."""
         config, needed = self.config, baseline - self.config.tolerance
-        tries = [
-            Trial("check", sizes, config.compute, config.stages, start, False, self.cost(sizes, config.compute, done))
-        ]
+        tries = [Trial("check", sizes, self.compute, config.stages, start, False, self.cost(sizes, self.compute, done))]
         if self._again(sizes):
-            whole = self.cost(sizes, 1.0)
-            tries.append(Trial("check-whole-budget", sizes, 1.0, config.stages, None, False, whole))
+            most = self._most(sizes)
+            whole = self.cost(sizes, most)
+            tries.append(Trial("check-whole-budget", sizes, most, config.stages, None, False, whole))
         for trial in tries:
             if not self._affordable(trial.cost):
                 self._decide("limit", check=trial.name, cost=trial.cost, spent=self.spent)

@@ -97,8 +97,9 @@ class SearchConfig(StrictModel):
     latency: float | tuple[float, float] | None = None
     """Latency in the unit of `latency_from`: at most, or from and to."""
     latency_from: str = "onnxruntime"
-    """"onnxruntime" measures blocks on this machine's processor with one thread and adds them up; else the JSON file of
-    a latency table, or "package.module:function", which gets the space and returns a provider of one's own."""
+    """"onnxruntime" measures blocks on this machine's processor with one thread and adds them up, in a search on one
+    rank; else the JSON file of a latency table, or "package.module:function", which gets the space and returns a
+    provider of one's own."""
     algorithm: Literal["evolution", "random"] = "evolution"
     """Evolution, or random sub-networks within the limits."""
     evaluations: int = Field(1000, ge=1)
@@ -111,12 +112,12 @@ class SearchConfig(StrictModel):
     """Images on which sub-networks are compared: fixed ones of `data`, evenly spaced."""
     calibrate: int = Field(4096, ge=0)
     """Training images for batch normalisation of each sub-network, others than those that compare (published: 64
-    batches)."""
+    batches); 0 only for a supernet without batch normalisation."""
     data: str | None = None
     """Folder of shards that were not trained on; null takes what efftrain.data.hold_out holds out of the training
     shards, or without that training images, which flatter all candidates alike."""
     seeds: bool = True
-    """Begin with the entries of the memory bank that keep the limits."""
+    """Begin with the entries of the memory bank that keep the limits (evolution only)."""
     average: bool | None = None
     """Search with the average of the weights; null = where the checkpoint has one."""
     seed: int = Field(0, ge=0)

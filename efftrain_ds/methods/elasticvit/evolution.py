@@ -43,7 +43,7 @@ class RandomSearch(Searcher):
         space: see `Searcher`, as the further arguments.
         limits: all of them hold for every candidate.
         batch: candidates of a generation.
-        **options: `evaluations`, `seed`, `seeds`, `source`, `draws`.
+        **options: `evaluations`, `seed`, `source`, `draws`; it has no seeds, which would not be random.
     """
 
     kind = "random"
@@ -53,11 +53,7 @@ class RandomSearch(Searcher):
         self.batch = batch
 
     def _propose(self, rng: np.random.Generator, left: int) -> list[np.ndarray]:
-        want, taken = min(self.batch, left), set[bytes]()
-        rows: list[np.ndarray] = []
-        if self.generation == 0 and self._seeds:
-            rows = self._fresh(np.stack([self.space.codes(config) for config in self._seeds]), taken, want)
-        return rows + self._random(rng, taken, want - len(rows))
+        return self._random(rng, set[bytes](), min(self.batch, left))
 
     def _settings(self) -> dict[str, Any]:
         return {"batch": self.batch}

@@ -7,8 +7,10 @@ far such sums may be trusted.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -136,6 +138,7 @@ class BlockLatency:
         space: of the supernet.
         net: supernet whose weights are used; a fresh one if None (times do not depend on the weights).
         table: of earlier measurements on this machine, to go on from.
+        file: to which the table is written whenever it has grown; None writes none.
         threads: of the sessions.
         warmup: runs before the first round.
         runs: of each block in all, at least.
@@ -153,6 +156,7 @@ class BlockLatency:
         net: nn.Module | None = None,
         *,
         table: LatencyTable | None = None,
+        file: Path | None = None,
         threads: int = 1,
         warmup: int = 10,
         runs: int = 50,
@@ -172,6 +176,7 @@ class BlockLatency:
                 )
         self._entries: dict[str, Timing] = {} if table is None else dict(table.entries)
         self.table = table or LatencyTable(self.device, runtime, threads, 1, "float32", space.hash, self._entries)
+        self._file = file
         self._threads, self._times = threads, {"warmup": warmup, "runs": runs, "rounds": rounds}
 
     @property
@@ -207,12 +212,24 @@ class BlockLatency:
         self._time(waiting)
 
     def _time(self, waiting: dict[str, tuple[Any, Any]]) -> None:
-        if waiting:
-            sessions, inputs = zip(*waiting.values(), strict=True)
-            for key, one in zip(waiting, time_sessions(sessions, inputs, **self._times), strict=True):
-                self._entries[key] = one.timing()
+        if not waiting:
+            return
+        sessions, inputs = zip(*waiting.values(), strict=True)
+        for key, one in zip(waiting, time_sessions(sessions, inputs, **self._times), strict=True):
+            self._entries[key] = one.timing()
         waiting.clear()
         self.table = replace(self.table, entries=self._entries)
+        if self._file is not None:
+            self._save(self._file)
+
+    def _save(self, path: Path) -> None:
+        """The table so far; a stop in the middle leaves the one before."""
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self.table.save(path.with_suffix(".tmp"))
+            os.replace(path.with_suffix(".tmp"), path)
+        except OSError as error:
+            raise ConfigError(f"cannot write {path}: {error}") from error
 
     def predict(self, config: Any) -> float:
         """Sum over the blocks in milliseconds, after those without a time are measured."""

@@ -34,6 +34,17 @@ def macs_text(macs: float) -> str:
     return f"{macs / scale:.4g} {unit}"
 
 
+def shape_text(config: Any) -> str:
+    """A sub-network in a line, sizes of stages or layers joined: ``"24 px, widths 8-12-24-48, depths 1-1-2-1"``."""
+    words = [f"{config.resolution} px"]
+    for name in ("widths", "depths", "width", "depth", "heads", "mlp"):
+        value = getattr(config, name, None)
+        if value is not None:
+            sizes = value if isinstance(value, tuple) else (value,)
+            words.append(f"{name} {'-'.join(f'{size:g}' for size in sizes)}")
+    return ", ".join(words)
+
+
 @dataclass(frozen=True)
 class Levels:
     """Levels of a run. A sub-network belongs to level L if L <= MACs <= L + window.

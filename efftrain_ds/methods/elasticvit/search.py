@@ -29,7 +29,8 @@ from .latency import TableLatency, load_latency
 from .limits import Limit, Predictor, latency_limit, macs_limit, params_limit
 from .searcher import Searcher
 
-STATE = "state.json"
+STATE, LATENCIES = "state.json", "latency.json"
+"""Files in the folder of a search: what it goes on from, and the blocks that were measured for it."""
 _PART = 8
 """Sub-networks that a rank evaluates between two savings of the state."""
 Labelled = tuple[Tensor, Tensor]
@@ -86,8 +87,14 @@ class Scorer:
         return Score(right / seen, loss / seen)
 
 
-def limits_of(config: SearchConfig, space: Space[Any], formula: str) -> list[Limit]:
+def limits_of(config: SearchConfig, space: Space[Any], formula: str, folder: Path | None = None) -> list[Limit]:
     """The limits of a search, cheap ones first.
+
+    Args:
+        config: of the search.
+        space: of the supernet.
+        formula: how MACs are counted.
+        folder: of the search, which keeps what is measured; None keeps nothing.
 
     Raises:
         ConfigError: one that no sub-network keeps, a latency table that does not fit, or a missing package.
@@ -102,7 +109,7 @@ def limits_of(config: SearchConfig, space: Space[Any], formula: str) -> list[Lim
             found.append(params_limit(space, high, low))
         if config.latency is not None:
             low, high = _range(config.latency)
-            found.append(latency_limit(space, provider_of(config.latency_from, space), high, low))
+            found.append(latency_limit(space, provider_of(config.latency_from, space, folder), high, low))
         for limit in found:
             limit.check(space)
     except ConfigError as error:
@@ -110,13 +117,15 @@ def limits_of(config: SearchConfig, space: Space[Any], formula: str) -> list[Lim
     return found
 
 
-def provider_of(source: str, space: Space[Any]) -> Predictor:
+def provider_of(source: str, space: Space[Any], folder: Path | None = None) -> Predictor:
     """The provider of latencies that a search names.
 
     Args:
         source: "onnxruntime", the file of a table, or "package.module:function" of one's own; the function is called
             with the space.
         space: of the supernet.
+        folder: for the times of blocks that are measured, which are read from there where they are known; None keeps
+            none.
 
     Raises:
         ConfigError: a missing package or function, a table that does not fit, or something that is no provider.
@@ -124,7 +133,13 @@ def provider_of(source: str, space: Space[Any]) -> Predictor:
     if source == "onnxruntime":
         from .latency_blocks import BlockLatency
 
-        return BlockLatency(space)
+        file = None if folder is None else folder / LATENCIES
+        if file is None or not file.is_file():
+            return BlockLatency(space, file=file)
+        try:
+            return BlockLatency(space, table=load_latency(file), file=file)
+        except ConfigError as error:
+            raise ConfigError(f"{file}: {error}; remove the file, or name another --output") from error
     module, colon, name = source.partition(":")
     if not colon or Path(source).exists():
         return TableLatency(space, load_latency(source))
@@ -140,6 +155,21 @@ def provider_of(source: str, space: Space[Any]) -> Predictor:
     return provider
 
 
+def latency_of(config: SearchConfig, space: Space[Any], limits: Sequence[Limit], subnet: Any) -> dict[str, Any]:
+    """Latency of the choice with its unit and device, where it was limited; else nothing."""
+    found = next((limit for limit in limits if not limit.cheap), None)
+    if found is None:
+        return {}
+    value = float(found.measure(space.codes(subnet)[None])[0])
+    words = {"latency": value, "latency_unit": found.unit, "latency_device": found.name.partition(" on ")[2]}
+    if config.latency_from != "onnxruntime":
+        return words
+    from .latency_ort import OrtLatency
+
+    # the search adds up measured blocks; the choice alone is measured as a whole
+    return {**words, "latency_whole": OrtLatency(space).predict(subnet)}
+
+
 def _range(value: Any) -> tuple[Any, Any]:
     return tuple(value) if isinstance(value, (tuple, list)) else (0, value)  # type: ignore[return-value]
 
@@ -150,10 +180,10 @@ def make_searcher(config: SearchConfig, space: Space[Any], limits: Sequence[Limi
     Raises:
         ConfigError: a limit that no sub-network keeps.
     """
-    options: dict[str, Any] = {"evaluations": config.evaluations, "seed": config.seed, "seeds": seeds}
+    options: dict[str, Any] = {"evaluations": config.evaluations, "seed": config.seed}
     if config.algorithm == "random":
         return RandomSearch(space, limits, **options)
-    return Evolution(space, limits, population=config.population, **options)
+    return Evolution(space, limits, population=config.population, seeds=seeds, **options)
 
 
 class Search:
@@ -166,7 +196,9 @@ class Search:
         limits: of the candidates; read on rank 0.
         seeds: sub-networks to begin with.
         folder: for the state; None keeps none.
-        origin: what the scores depend on (checkpoint, images); a state of another origin is not gone on from.
+        origin: what the scores depend on (checkpoint, images, what is compared); a state of another origin is not
+            gone on from.
+        formula: how MACs are counted.
         tell: shows a line.
     """
 
@@ -180,10 +212,11 @@ class Search:
         seeds: Sequence[Any] = (),
         folder: Path | None = None,
         origin: dict[str, Any] | None = None,
+        formula: str = "exact",
         tell: Callable[[str], None] = lambda text: None,
     ) -> None:
         self.config, self.space, self.scorer, self.folder, self.tell = config, space, scorer, folder, tell
-        self.origin = origin or {}
+        self.origin, self.formula = origin or {}, formula
         self._latency = next((limit for limit in limits if not limit.cheap), None)
         self.scores: dict[Any, Score] = {}
         self.resumed = 0
@@ -247,8 +280,11 @@ class Search:
             return {}
         try:
             state = json.loads(path.read_text(encoding="utf-8"))
-            if state["origin"] != self.origin:
-                raise CheckpointError(f"the search there is of {state['origin']}, this one of {self.origin}")
+            there, own = state["origin"], self.origin
+            if there != own:
+                keys = [key for key in {**own, **there} if (key in own, own.get(key)) != (key in there, there.get(key))]
+                before, now = ({key: of.get(key) for key in keys} for of in (there, own))
+                raise CheckpointError(f"the search there is of {before}, this one of {now}")
             self._on_first.load_state_dict(state["search"])
             rows = state["scores"]
             return {self.space.config(np.array(codes, np.int8)): Score(top1, loss) for codes, top1, loss in rows}
@@ -262,7 +298,7 @@ class Search:
             score = self.scores[one.config]
             row = {
                 "config": one.config.to_dict(),
-                "macs": self.space.macs(one.config),
+                "macs": self.space.macs(one.config, self.formula),
                 "params": self.space.params(one.config),
                 "top1": score.top1,
                 "loss": score.loss,

@@ -48,7 +48,6 @@ class MaskedAutoencoding(Method):
 
     def __init__(self, config: MaeConfig):
         super().__init__(config)
-        self._run_seed = 0
         self._micro = 0
         self._images: Tensor | None = None
         self._scale: tuple[tuple[float, ...], tuple[float, ...]] | None = None
@@ -63,7 +62,6 @@ class MaskedAutoencoding(Method):
         Raises:
             PlanError: the data section changes images otherwise, or mixes them.
         """
-        self._run_seed = spec.seed
         found = [
             (
                 f"randaugment (magnitude {spec.magnitude:g})" if spec.magnitude is not None else "",
@@ -84,7 +82,7 @@ class MaskedAutoencoding(Method):
         """Refuse a curriculum over the augmentation, and sizes that leave nothing to see or to predict.
 
         Raises:
-            PlanError: with the stage.
+            PlanError: with the stage, or the key of the evaluation's size.
         """
         spec = schedule.spec
         for stage in schedule.stages:
@@ -97,10 +95,18 @@ class MaskedAutoencoding(Method):
             side = int(stage.settings.get("bandwidth", spec.resolution))
             if side % spec.stride:
                 raise PlanError(f"{KEY}: {side} pixels of stage {stage.index + 1} do not divide into patches")
-            try:
-                visible_patches((side // spec.stride) ** 2, self.config.mask_ratio)
-            except ModelError as error:
-                raise PlanError(f"{KEY}.mask_ratio: {error} at {side} pixels") from error
+            self._check_ratio(side, spec.stride, "")
+        side, key = spec.eval_resolution, "efftrain.data.eval_resolution"
+        if side % spec.stride:
+            raise PlanError(f"{key}: {side} pixels do not divide into the patches of {spec.stride} that {KEY} masks")
+        if side:
+            self._check_ratio(side, spec.stride, f" of {key}")
+
+    def _check_ratio(self, side: int, stride: int, where: str) -> None:
+        try:
+            visible_patches((side // stride) ** 2, self.config.mask_ratio)
+        except ModelError as error:
+            raise PlanError(f"{KEY}.mask_ratio: {error} at {side} pixels{where}") from error
 
     def prepare_model(self, model: nn.Module) -> nn.Module:
         """Check the model and give it the mask ratio.
@@ -143,12 +149,14 @@ class MaskedAutoencoding(Method):
         """Masks for the next forward pass; returns which patches are hidden, [N, L]."""
         module = ctx.engine.module
         patches = (images.shape[2] // module.patch) * (images.shape[3] // module.patch)
-        seed = self._run_seed if self.config.seed is None else self.config.seed
+        seed = ctx.seed if self.config.seed is None else self.config.seed
         module.order = drawn_order(seed, stream, names, patches).to(images.device, non_blocking=True)
         return masked_patches(module.order, visible_patches(patches, self.config.mask_ratio))
 
     def loss(self, ctx: Context, outputs: Any, batch: Any) -> Tensor:
         """Mean over the valid images of the squared error on their hidden patches, in float32.
+
+        With `Batch.denominator` it is the micro-batch's share of the mean over all ranks and micro-batches of the step.
 
         Raises:
             ConfigError: no batch was prepared before.
@@ -166,10 +174,11 @@ class MaskedAutoencoding(Method):
         each = sample_losses(outputs, target.values, hidden)
         if ctx.rank == 0:
             self._remember(images, outputs, target, hidden)
-        valid = batch.valid if isinstance(batch, Batch) else None
-        if valid is None:
-            return each.mean()
-        return torch.where(valid, each, 0.0).sum() / valid.sum().clamp(min=1)
+        valid, count = (batch.valid, batch.denominator) if isinstance(batch, Batch) else (None, None)
+        if valid is not None:
+            each = torch.where(valid, each, 0.0)
+            count = valid.sum().clamp(min=1) if count is None else count
+        return each.mean() if count is None else each.sum() / count
 
     def _remember(self, images: Tensor, outputs: Tensor, target: Target, hidden: Tensor) -> None:
         """Copy a few samples for a picture: the whole output is not to be kept alive for them."""

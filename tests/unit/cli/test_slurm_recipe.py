@@ -44,7 +44,7 @@ def start(folder: Path, codes: str, **environment: str) -> subprocess.Popen:
         path.write_text(text)
         path.chmod(0o755)
     own = {
-        **os.environ,
+        **{name: value for name, value in os.environ.items() if not name.startswith("MASTER_")},
         "PATH": f"{folder}{os.pathsep}{os.environ['PATH']}",
         "STUBS": str(folder),
         "CODES": codes,

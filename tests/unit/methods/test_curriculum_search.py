@@ -193,10 +193,36 @@ def test_sequential_falls_back() -> None:
     assert trials[-1].name == "check"  # its budget is the baseline's already
     assert plain.outcome is not None
     assert plain.outcome.sizes is None
-    dear = make(stages=3, costs=Costs(224, {96: 0.25, 224: 1.0}))  # dearer than (96/224)^2: no larger budget is allowed
-    assert drive(dear, best_at((96, 96, 224), check=0.7))[-1].name == "check"
-    assert dear.outcome is not None
-    assert dear.outcome.sizes is None
+
+
+DEAR = Costs(224, {96: 0.25, 224: 1.0})
+"""96 px costs more than (96/224)^2, as a head does that costs the same at all sizes."""
+
+
+@pytest.mark.parametrize("check", [0.7, 0.805])
+def test_sequential_falls_back_to_no_more_than_the_baselines_cost(check: float) -> None:
+    search = make(stages=3, costs=DEAR)
+    low, high = search.extent()
+    others = best_at((96, 96, 224), check=0.7)
+    trials = drive(search, lambda t: check if t.name == "check-whole-budget" else others(t))
+    mean = (2 * 0.25 * (224 / 96) ** 2 + 1) / 3
+    assert trials[-1].name == "check-whole-budget"
+    assert trials[-1].budget == pytest.approx(1 / mean)
+    assert trials[-1].cost == pytest.approx(1)
+    assert low <= search.spent <= high + 1e-9
+    assert search.outcome is not None
+    assert search.outcome.sizes == ((96, 96, 224) if check > 0.8 else None)
+    assert search.outcome.cost <= 1 + 1e-6
+
+
+@pytest.mark.parametrize("check", [True, False])
+def test_sequential_with_all_of_the_budget_costs_no_more_than_the_baseline(check: bool) -> None:
+    search = make(stages=3, costs=DEAR, compute=1.0, check=check)
+    trials = drive(search, lambda t: 0.8 if t.sizes is None or t.sizes == (96, 96, 224) else 0.7)
+    assert "check-whole-budget" not in [trial.name for trial in trials]
+    assert search.outcome is not None
+    assert search.outcome.sizes == (96, 96, 224)
+    assert 0.9 < search.outcome.cost <= 1 + 1e-6
 
 
 def test_sequential_refuses_when_everything_diverges() -> None:

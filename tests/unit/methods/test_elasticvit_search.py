@@ -163,8 +163,10 @@ def test_seeds_of_the_bank_come_first(space, pool):
     seeds = [space.config(row) for row in pool.codes[:5]]
     search = evolve(space, pool, 0, 60, population=20, seeds=[space.min(), *seeds])  # the smallest is too small
     assert search.ask()[:5] == seeds
-    random = RandomSearch(space, search.limits, evaluations=30, seeds=seeds, source=pool.draw_codes, batch=10)
-    assert random.ask()[:5] == seeds
+    options = {"evaluations": 30, "source": pool.draw_codes, "batch": 10}
+    random = RandomSearch(space, search.limits, **options).ask()
+    assert not set(random) & set(seeds)
+    assert RandomSearch(space, search.limits, seeds=seeds, **options).ask() == random  # what it has to beat begins bare
 
 
 def test_children_reach_every_dimension(space, pool):
@@ -461,6 +463,12 @@ def test_a_block_is_measured_once(sessions, tmp_path):
         latency_blocks.BlockLatency(own, table=again.table, threads=2)
     with pytest.raises(ConfigError, match="was measured for the space"):
         latency_blocks.BlockLatency(small(), table=again.table)
+    kept = latency_blocks.BlockLatency(own, warmup=1, runs=3, file=tmp_path / "kept" / "latency.json")
+    kept.predict(own.min())
+    first = load_latency(tmp_path / "kept" / "latency.json")
+    assert dict(first.entries) == dict(kept.entries)
+    kept.predict(own.max())  # it grows with what is measured
+    assert set(load_latency(tmp_path / "kept" / "latency.json").entries) == set(kept.entries) > set(first.entries)
     compared = provider.compare([own.min(), own.max()])
     assert compared.error is not None
     assert compared.scale > 0

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
 from efftrain_ds.cli import main as cli
 from efftrain_ds.core.errors import CheckpointError, ConfigError, ModelError
 from efftrain_ds.export.subnet import export_subnet, timm_arguments
+from efftrain_ds.methods.elasticvit import latency_blocks
 from efftrain_ds.methods.elasticvit.calibrate import batch_norms
 from efftrain_ds.methods.elasticvit.config import SearchConfig
-from efftrain_ds.methods.elasticvit.search import Score, Scorer, Search, limits_of
+from efftrain_ds.methods.elasticvit.latency import LatencyTable, Timing
+from efftrain_ds.methods.elasticvit.search import Score, Scorer, Search, limits_of, provider_of
 from efftrain_ds.models.elastic import save_extracted
 from efftrain_ds.train_subnet import check_subnet_search
 from tests.distributed.elasticvit_jobs import HYBRID, PLAIN, supernet
@@ -34,10 +40,10 @@ class Wide:
         return Score(value / 100, 3 - value / 100)
 
 
-def _search(folder, scorer, **changes):
+def _search(folder, scorer, origin=None, **changes):
     config = SearchConfig.model_validate({"macs": (6000, 14000), "evaluations": 60, "population": 12, **changes})
-    limits = limits_of(config, PLAIN, "exact")
-    return Search(config, PLAIN, scorer, limits, seeds=[PLAIN.min()], folder=folder, origin={"step": 3})
+    limits = limits_of(config, PLAIN, "exact", folder)
+    return Search(config, PLAIN, scorer, limits, seeds=[PLAIN.min()], folder=folder, origin=origin or {"step": 3})
 
 
 @pytest.mark.parametrize("algorithm", ["evolution", "random"])
@@ -60,6 +66,49 @@ def test_search_goes_on_where_it_was_stopped(tmp_path, algorithm, score):
     (tmp_path / "state.json").write_text(json.dumps(other))
     with pytest.raises(CheckpointError, match=r"state.json: the search there is of \{'step': 4\}"):
         _search(tmp_path, Wide(), algorithm=algorithm, score=score)
+
+
+def test_what_is_another_search_is_named(tmp_path):
+    _search(tmp_path, Wide(), {"step": 3, "score": "loss"}, evaluations=2).run()
+    with pytest.raises(
+        CheckpointError, match=r"search there is of \{'score': 'loss'\}, this one of \{'score': 'top1'\}; r"
+    ):
+        _search(tmp_path, Wide(), {"step": 3, "score": "top1"}, evaluations=2)
+    with pytest.raises(CheckpointError, match=r"there is of \{'score': 'loss'\}, this one of \{'score': None\}"):
+        _search(tmp_path, Wide(), {"step": 3}, evaluations=2)
+
+
+def test_counts_follow_the_formula():
+    class Twice(type(HYBRID)):
+        """MACs of the other formula are easily told apart."""
+
+        def macs_of(self, codes, formula="exact"):
+            return super().macs_of(codes, "exact") * (2 if formula == "reference" else 1)
+
+    space = Twice(**{field.name: getattr(HYBRID, field.name) for field in dataclasses.fields(HYBRID)})
+    high = 2 * space.macs(space.min()) + 10_000
+    config = SearchConfig.model_validate({"macs": high, "evaluations": 4, "population": 2})
+    scorer = SimpleNamespace(score=lambda one: Score(0.5, 1.0))
+    search = Search(config, space, scorer, limits_of(config, space, "reference"), formula="reference")
+    search.run()
+    macs = [row["macs"] for row in search.table()]
+    assert macs == [2 * space.macs(one) for one in search.scores]
+    assert max(macs) <= high
+
+
+def test_measured_blocks_stay_known(tmp_path, monkeypatch):
+    made = []
+    monkeypatch.setattr(latency_blocks, "BlockLatency", lambda space, **options: made.append(options))
+    provider_of("onnxruntime", PLAIN)
+    provider_of("onnxruntime", PLAIN, tmp_path)
+    table = LatencyTable("here", "r", 1, 1, "float32", PLAIN.hash, {"a": Timing(1, 1, 1, 1)})
+    table.save(tmp_path / "latency.json")
+    provider_of("onnxruntime", PLAIN, tmp_path)
+    file = tmp_path / "latency.json"
+    assert made == [{"file": None}, {"file": file}, {"file": file, "table": table}]
+    file.write_text("{}")
+    with pytest.raises(ConfigError, match=r"latency.json: .*schema None.*; remove the file, or name another --output"):
+        provider_of("onnxruntime", PLAIN, tmp_path)
 
 
 def test_limits_that_nothing_keeps():
@@ -110,6 +159,21 @@ def test_nothing_to_search():
     text = {"train_batch_size": 8, "gradient_clipping": 0.0, "efftrain": {"methods": {"elasticvit": {}}}}
     with pytest.raises(ConfigError, match='"search": null'):
         check_subnet_search(load_config(text, world=1))
+
+
+def test_budgets_of_the_benchmark_are_checked(monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[3] / "benchmarks"))
+    import elastic_accuracy
+
+    monkeypatch.setattr(elastic_accuracy, "CHUNKS", 1)
+    rng = np.random.default_rng(0)
+    drawn = elastic_accuracy.draw(PLAIN, [6000, 14000], 3, rng)
+    assert len(set(drawn)) == 3
+    assert all(6000 <= PLAIN.macs(one) <= 14000 for one in drawn)
+    with pytest.raises(ConfigError, match="from 6,000 to 6,001: 0 sub-networks in 4,096 random ones of the space; 3"):
+        elastic_accuracy.draw(PLAIN, [6000, 6001], 3, rng)
+    with pytest.raises(ConfigError, match="MACs of at most 11: the smallest sub-network"):
+        elastic_accuracy.draw(PLAIN, [10, 11], 3, rng)
 
 
 def test_scores_do_not_depend_on_what_ran_before():

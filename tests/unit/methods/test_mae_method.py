@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -13,15 +14,17 @@ import torch
 from efftrain_ds.config.loader import build_methods, load_config
 from efftrain_ds.core.batch import Batch
 from efftrain_ds.core.errors import ConfigError, ModelError, PlanError
-from efftrain_ds.core.timeline import PlanSpec
 from efftrain_ds.data.augment import normalize
+from efftrain_ds.guards.nonfinite import Micro
+from efftrain_ds.guards.replay import read_replay, write_replay
 from efftrain_ds.methods.mae.config import MaeConfig
 from efftrain_ds.methods.mae.method import MaskedAutoencoding
 from efftrain_ds.methods.mae.pictures import reconstruction_picture
 from efftrain_ds.methods.mae.target import drawn_order, make_target, sample_losses
 from efftrain_ds.models.adapters import create_model
-from efftrain_ds.models.mae import masked_patches, patchify
+from efftrain_ds.models.mae import masked_patches, patchify, visible_patches
 from efftrain_ds.planning import make_plan
+from efftrain_ds.trainer import Trainer
 
 ROOT = Path(__file__).resolve().parents[3]
 MEAN, STD = (0.3, 0.4, 0.5), (0.2, 0.3, 0.25)
@@ -36,14 +39,13 @@ def tiny() -> torch.nn.Module:
 
 def method_and_context(**changes) -> tuple[MaskedAutoencoding, SimpleNamespace]:
     method = MaskedAutoencoding(MaeConfig(**changes))
-    method.plan(PlanSpec(3, 1.0, 100, 10, 5, 1, 12, 4))
     module = method.prepare_model(tiny())
 
     def forward(images: torch.Tensor) -> torch.Tensor:
         return module(images)
 
     engine = type("Engine", (), {"module": module, "__call__": staticmethod(forward)})()
-    return method, SimpleNamespace(engine=engine, step=0, rank=0, world=1, schedule=None, settings={})
+    return method, SimpleNamespace(engine=engine, seed=3, step=0, rank=0, world=1, schedule=None, settings={})
 
 
 # -- target and loss -------------------------------------------------------------------------------------------
@@ -117,6 +119,36 @@ def test_batches_of_one_step_have_other_masks_also_without_positions():
     assert torch.equal(ctx.engine.module.order, seen[4])  # the same again, as after a resume
 
 
+def test_masks_come_from_the_seed_of_the_run_or_their_own():
+    images, positions = torch.randn(4, 3, 12, 12), torch.arange(4)
+    for own, expected in ((None, 3), (8, 8), (0, 0)):
+        method, ctx = method_and_context(seed=own)
+        method.on_batch(ctx, Batch(images=images, positions=positions))
+        assert torch.equal(ctx.engine.module.order, drawn_order(expected, "mae/0", positions.numpy(), 9))
+
+
+def test_a_replay_file_is_enough_to_repeat_a_loss(tmp_path):
+    method, ctx = method_and_context()
+    ctx.step = 7
+    batch = Batch(images=torch.randn(5, 3, 12, 12), positions=torch.arange(20, 25))
+    method.on_batch(ctx, batch)
+    with torch.no_grad():
+        expected = method.loss(ctx, ctx.engine(batch.images), batch)
+    micro = Micro({"images": batch.images})
+    micro.note(batch)
+    replay = read_replay(write_replay(tmp_path, ctx.step, 0, [(0, micro)], {"seed": ctx.seed}))
+    # as in docs/guards.md
+    info, stored, model = replay.info, replay.micros[0], tiny()
+    images, positions = stored["images"].float(), stored["positions"].numpy()
+    patches = (images.shape[2] // model.patch) * (images.shape[3] // model.patch)
+    order = drawn_order(info["seed"], f"mae/{info['step']}", positions, patches)
+    hidden = masked_patches(order, visible_patches(patches, model.mask_ratio))
+    target = make_target(images, model.patch, norm_pixels=True)
+    with torch.no_grad():
+        losses = sample_losses(model(images, order), target.values, hidden)
+    assert float(losses.mean()) == pytest.approx(float(expected), rel=1e-6)
+
+
 # -- a step ----------------------------------------------------------------------------------------------------
 
 
@@ -143,6 +175,51 @@ def test_images_as_they_leave_the_loader_are_normalised_for_the_target():
     assert ctx.engine.module.order is None
     with pytest.raises(ConfigError, match="before it"):
         method.loss(ctx, outputs, batch)
+
+
+def test_every_valid_sample_of_a_step_weighs_the_same():
+    method, ctx = method_and_context()
+    flags = (torch.tensor([True, False, True]), torch.ones(3, dtype=torch.bool))
+    parts = [
+        Batch(images=torch.randn(3, 3, 12, 12), positions=torch.arange(3) + 3 * i, valid=valid)
+        for i, valid in enumerate(flags)
+    ]
+    own = [float(each) for batch in parts for each in _own_losses(method, ctx, batch)]
+    losses = []
+
+    def loss(outputs: torch.Tensor, batch: Batch, default: object) -> torch.Tensor:
+        losses.append(method.loss(ctx, outputs, batch).detach())
+        return losses[-1]
+
+    trainer = MagicMock(_loss_sum=torch.zeros(()))
+    trainer.run_parts.configure_mock(device=torch.device("cpu"), world=1)
+    trainer.run_parts.augment.configure_mock(**{"before.side_effect": _first, "after.side_effect": _first})
+    trainer.engine.configure_mock(passes=1, **{"each_pass.side_effect": lambda: range(1), "loss.side_effect": loss})
+    trainer.engine.prepare_batch.side_effect = lambda batch: method.on_batch(ctx, batch)
+    trainer.engine.side_effect = ctx.engine
+    trainer.engine.context.stage.accumulation = 2
+    trainer._due.return_value = False
+    trainer._valid_share = lambda micro: Trainer._valid_share(trainer, micro)
+    Trainer._train_step(trainer, iter(parts))
+    assert len(losses) == 2
+    assert float(sum(losses) / 2) == pytest.approx(np.mean(own), rel=1e-6)  # the engine divides by the accumulation
+    assert float(trainer._loss_sum) == pytest.approx(np.mean(own), rel=1e-6)
+    alone = Batch(images=parts[0].images, positions=parts[0].positions, valid=flags[0])  # without the trainer
+    method.on_batch(ctx, alone)
+    assert float(method.loss(ctx, ctx.engine(alone.images), alone).detach()) == pytest.approx(
+        np.mean(own[:2]), rel=1e-6
+    )
+
+
+def _first(batch: Batch, *_: object) -> Batch:
+    return batch
+
+
+@torch.no_grad()
+def _own_losses(method: MaskedAutoencoding, ctx: SimpleNamespace, batch: Batch) -> torch.Tensor:
+    method.on_batch(ctx, batch)
+    hidden = masked_patches(ctx.engine.module.order, 2)
+    return sample_losses(ctx.engine(batch.images), make_target(batch.images, 4, True).values, hidden)[batch.valid]
 
 
 def test_evaluation_has_the_same_mask_for_a_sample_every_time():
@@ -235,6 +312,11 @@ def test_images_are_only_cropped_and_flipped():
         ({"methods/mae/mask_share": 0.5}, "mask_share"),
         ({"methods/svite": {}}, "cannot run together with svite"),
         ({"methods/efficienttrain/schedule": [{"until": 1, "bandwidth": 22}]}, "22 is not a multiple"),
+        ({"data/eval_resolution": 30}, "efftrain.data.eval_resolution: 30 pixels do not divide into the patches of 4"),
+        (
+            {"data/eval_resolution": 12, "methods/mae/mask_ratio": 0.9},
+            "leaves 0 of 9 patches visible at 12 pixels of efftrain.data.eval_resolution",
+        ),
         ({"data/resolution": 30, "methods/efficienttrain": {"schedule": "et", "magnitude": False}}, "multiple"),
     ],
 )

@@ -242,6 +242,36 @@ def test_an_autoencoder_starts_from_another_one():
     assert second.position_grid.tolist() == [8, 8]
 
 
+def test_weights_of_other_heads_are_refused():
+    weights = autoencoder().state_dict()
+    assert weights["attention_heads"].tolist() == [2, 2]
+    words = "efftrain.model.kwargs.{}num_heads: the weights were trained with 2 heads, the model has 4"
+    for model, key in (
+        (classifier(num_heads=4), ""),
+        (autoencoder(num_heads=4), ""),
+        (autoencoder(decoder_num_heads=4), "decoder_"),
+    ):
+        with pytest.raises(ModelError, match=f"^{words.format(key)}$"):
+            encoder_weights(weights, model)
+        released = {name: value for name, value in weights.items() if name != "attention_heads"}
+        assert "attention_heads" not in encoder_weights(released, model)  # these do not say
+    assert autoencoder(num_heads=4).bfloat16().attention_heads.tolist() == [4, 2]
+
+
+@torch.no_grad()
+def test_what_does_not_fit_another_autoencoder_is_named(caplog):
+    first, model = autoencoder(), autoencoder(side=32)
+    weights = first.state_dict() | {"decoder_extra.weight": torch.zeros(3)}
+    start_from(model, encoder_weights(weights, model), source="mae")
+    assert "1 tensors are not of this model and are left out: decoder_extra.weight" in caplog.text
+    assert torch.equal(model.mask_token, first.mask_token)
+    other = autoencoder(decoder_embed_dim=24)
+    with pytest.raises(
+        ModelError, match=r"does not fit: decoder_blocks\.0\.attn\.proj\.bias is \[16\], the model has \[24"
+    ):
+        start_from(other, encoder_weights(weights, other), source="mae")
+
+
 def test_layers_of_the_classifier_take_the_published_rates():
     model = classifier(global_pool="avg")
     names = {id(p): name for name, p in model.named_parameters()}
@@ -262,6 +292,13 @@ def test_layers_of_the_classifier_take_the_published_rates():
         ({"embed_dim": 30, "num_heads": 2}, "embed_dim: 30 is not a multiple of 4"),
         ({"decoder_embed_dim": 18}, "decoder_embed_dim: 18 is not"),
         ({"global_pool": "avg"}, "global_pool: cannot be chosen"),
+        ({"pre_norm": True}, "pre_norm: cannot be chosen"),
+        ({"pos_drop_rate": 0.1, "embed_dim": 16}, "pos_drop_rate: cannot"),
+        ({"drop_rate": 0.1}, "kwargs.drop_rate: cannot"),
+        ({"fix_init": True}, "fix_init: cannot"),
+        ({"no_embed_class": True}, "no_embed_class: cannot"),
+        ({"pool_include_prefix": True}, "pool_include_prefix: cannot"),
+        ({"fc_norm": True}, "fc_norm: cannot"),
         ({"pretrained": True}, "efftrain.model.pretrained"),
         ({"decoder_widht": 3}, "decoder_widht"),
     ],

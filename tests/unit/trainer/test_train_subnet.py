@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ def _one_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(train_subnet, "start_processes", lambda config: (0, 1, torch.device("cpu")))
 
 
-def made(folder: Path, *changes: str, plain: bool = False, **search: Any) -> Any:
+def made(folder: Path, *changes: str, plain: bool = False, seed_of_weights: int = 0, **search: Any) -> Any:
     """The configuration of a run that has one checkpoint of a fresh supernet."""
     found = [f"efftrain.run.output={folder}", "efftrain.data.workers=0", "efftrain.data.val=null", *changes]
     found += ["efftrain.observe.tensorboard=true"]
@@ -41,7 +42,7 @@ def made(folder: Path, *changes: str, plain: bool = False, **search: Any) -> Any
     found += [f"efftrain.methods.elasticvit.search={json.dumps(SEARCH | search)}"]
     config = load_config(SMOKE, overrides=found, world=1)
     model = config.efftrain.model
-    torch.manual_seed(0)
+    torch.manual_seed(seed_of_weights)
     net = train_subnet.create_model(model.name, resolution=28, num_classes=10, **model.kwargs)
     if not (folder / "checkpoints").is_dir():
         save_model(folder / "checkpoints" / "step-00000003", net, None, methods={"elasticvit": {"bank": None}})
@@ -71,6 +72,36 @@ def test_everything_is_written_and_belongs_together(tmp_path: Path, capsys: pyte
     with Image.open(folder / "pareto.png") as picture:
         assert picture.width > 1000
     assert f"written  {folder}: " in capsys.readouterr().out
+
+
+def test_origin_tells_apart_what_scores_depend_on(tmp_path: Path) -> None:
+    def origin(*changes: str, **search: Any) -> dict[str, Any]:
+        return SubnetSearch(made(tmp_path, *changes, **search))._origin()
+
+    own = origin()
+    assert own["loaded"] == [28, 1.0, "bilinear"]
+    assert own["latency_from"] is None
+    assert len(own["files"]) == 16
+    assert json.loads(json.dumps(own)) == own
+    for changed, key in (
+        (origin(score="top1"), "score"),
+        (origin("efftrain.data.eval_resolution=32"), "loaded"),
+        (origin(latency=2.0, latency_from="table.json"), "latency_from"),
+        (origin("efftrain.methods.elasticvit.formula=reference"), "formula"),
+    ):
+        assert {name for name in own if own[name] != changed[name]} == {key}
+    shutil.rmtree(tmp_path / "checkpoints")
+    again = made(tmp_path, seed_of_weights=1)
+    assert {name for name in own if own[name] != SubnetSearch(again)._origin()[name]} == {"files"}
+
+
+def test_what_cannot_be_searched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError, match=r"search.calibrate: 0, but elasticvit has batch normalisation"):
+        SubnetSearch(made(tmp_path / "hybrid", calibrate=0))
+    assert SubnetSearch(made(tmp_path / "plain", calibrate=0, plain=True)).scorer.calibration == []
+    monkeypatch.setattr(train_subnet, "start_processes", lambda config: (0, 2, torch.device("cpu")))
+    with pytest.raises(ConfigError, match=r'latency_from: "onnxruntime" measures on one rank.*run the search on one'):
+        SubnetSearch(made(tmp_path / "hybrid", latency=2.0))
 
 
 def test_images_of_the_search_and_of_the_statistics(tmp_path: Path) -> None:

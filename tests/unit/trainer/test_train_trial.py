@@ -111,6 +111,18 @@ def test_configurations_of_trials() -> None:
     assert make_plan(plain, world=2).relative == pytest.approx(1, abs=0.02)
 
 
+@pytest.mark.parametrize(
+    ("warmup", "epochs", "found"), [("5ep", 4, "1.25ep"), ("40st", 4, "10st"), ("10%", 4, "10%"), ("5ep", 16, "5ep")]
+)
+def test_the_warm_up_is_the_same_share_of_a_shorter_training(warmup: str, epochs: float, found: str) -> None:
+    config = loaded(f"efftrain.optim.warmup={warmup}", "efftrain.run.epochs=16", "efftrain.checkpoint.keep=3")
+    made = trial_config(
+        config, trial((12, 28, 28, 28, 28), 1), epochs=epochs, folder=Path("o"), hold_out=HoldOutConfig(), world=2
+    )
+    assert made.efftrain.optim.warmup == found
+    assert made.efftrain.checkpoint.keep == 1  # no training goes back behind its last checkpoint
+
+
 def test_a_training_begins_with_the_last_checkpoint_of_another(tmp_path: Path) -> None:
     source, target = tmp_path / "a", tmp_path / "b"
     for step in (1, 2):

@@ -12,8 +12,9 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.zero import parameter_offload, partitioned_param_coordinator
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
-from efftrain_ds.core.errors import EffTrainError
+from efftrain_ds.core.errors import ConfigError, EffTrainError
 from efftrain_ds.zero import access
+from efftrain_ds.zero.agc import UnitClip
 
 
 def test_left_behind_by_stage_3():
@@ -102,3 +103,13 @@ def test_unsupported_features_are_named(monkeypatch):
     parallel = engine()
     parallel.mpu = object()
     assert "tensor or pipeline" in access.unsupported(parallel)
+
+
+@pytest.mark.parametrize("key", ["fused_lamb_legacy", "fused_adam_legacy"])
+def test_gradients_beside_the_parameters_cannot_be_clipped_by_unit(monkeypatch, key):
+    monkeypatch.setattr(access, "unsupported", lambda *a: None)
+    engine = SimpleNamespace(optimizer=SimpleNamespace(**{key: True}))
+    with pytest.raises(ConfigError, match=f"{key}: .* beside the parameters .*; use stage 1, 2 or 3"):
+        UnitClip(engine, 0.1)
+    assert access.gradients_beside(SimpleNamespace(optimizer=SimpleNamespace(**{key: False}))) is None
+    assert any(key in names for names in access.private_names().values())
