@@ -79,7 +79,7 @@ def test_origin_tells_apart_what_scores_depend_on(tmp_path: Path) -> None:
         return SubnetSearch(made(tmp_path, *changes, **search))._origin()
 
     own = origin()
-    assert own["loaded"] == [28, 1.0, "bilinear"]
+    assert own["loaded"] == [28, 1.0, "bicubic"]
     assert own["latency_from"] is None
     assert len(own["files"]) == 16
     assert json.loads(json.dumps(own)) == own
