@@ -18,6 +18,7 @@ from .checkpoint.survey import FOLDER
 from .config.deepspeed_keys import batch_sizes
 from .config.loader import LoadedConfig, build_methods, check_config
 from .core.errors import CheckpointError, ConfigError, PlanError
+from .core.files import write_whole
 from .core.method import Method
 from .core.ranks import from_first
 from .core.text import align
@@ -32,7 +33,7 @@ from .observe.console import Console
 from .observe.journal import Journal, read_journal
 from .planning import image_macs, make_plan, plan_spec, with_labels
 from .train_changes import compare
-from .train_curriculum_report import decision_line, decision_table, outcome_text, read_state, report_of, write_text
+from .train_curriculum_report import decision_line, decision_table, outcome_text, read_state, report_of
 from .train_setup import check_scheduler, start_processes
 from .train_trial import METHOD, TrialTrainer, begin_with, run_part, scheduled, stage_end, trial_config
 
@@ -341,7 +342,7 @@ class CurriculumRun:
 
     def _write_state(self) -> None:
         document = {"origin": self._origin(), "data": self.train.digest, "search": self.search.state_dict()}
-        write_text(self.folder / STATE, json.dumps(document) + "\n")
+        write_whole(self.folder / STATE, json.dumps(document) + "\n")
 
     def _finish(self, outcome: Outcome) -> None:
         """Write the schedule as configurations that can be started, and all decisions; show them."""
@@ -364,9 +365,9 @@ class CurriculumRun:
         facts |= {"spent_epochs": self.search.spent * self.epochs}
         report = report_of(self.search, outcome, **facts, train=self.train.kept, held_out=self.held.kept)
         try:
-            write_text(self.folder / RESULT, json.dumps(found, indent=1) + "\n")
-            write_text(self.folder / BASELINE, json.dumps(plain, indent=1) + "\n")
-            write_text(self.folder / REPORT, json.dumps(report, indent=1) + "\n")
+            write_whole(self.folder / RESULT, json.dumps(found, indent=1) + "\n")
+            write_whole(self.folder / BASELINE, json.dumps(plain, indent=1) + "\n")
+            write_whole(self.folder / REPORT, json.dumps(report, indent=1) + "\n")
         except OSError as error:
             raise ConfigError(f"--output: {self.folder} cannot be written ({error})") from error
         self.console.write("\n".join(decision_table(self.search.decisions)))

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from .core.errors import CheckpointError
-from .core.files import sync
 from .core.text import align
 from .methods.efficienttrain.search import CurriculumSearch, Outcome
 
@@ -98,12 +97,3 @@ def read_state(path: Path) -> dict[str, Any] | None:
     if not isinstance(state, dict) or not {"origin", "data", "search"} <= state.keys():
         raise CheckpointError(f"{path}: not the state of a curriculum search; remove it, or name another folder")
     return state
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file that is there whole or not at all, also after a crash of the machine."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    sync(partial)
-    partial.replace(path)
-    sync(path.parent)

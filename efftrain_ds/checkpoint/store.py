@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -29,6 +29,7 @@ from .writer import Part, write_parts, write_unsynced
 logger = logging.getLogger(__name__)
 
 FORMAT = 1
+Settle = Callable[[], list[dict[str, Any]]]
 
 
 @dataclass
@@ -112,12 +113,9 @@ def save(
     if not problems and background is True:
         return BackgroundSave(partial, final, lambda: write_parts(partial, parts), rank, world, finished)
     if not problems and background == "sync":
-        settle: list[Callable[[], list[dict[str, Any]]]] = []
-        problems = ranks.problems(ranks.problem_of(lambda: settle.append(write_unsynced(partial, parts))))
-        if not problems:
-            return BackgroundSave(partial, final, settle[0], rank, world, finished)
-        for close in settle:
-            ranks.problem_of(close)
+        problems, settle = _write_unsynced(partial, parts)
+        if settle is not None:
+            return BackgroundSave(partial, final, settle, rank, world, finished)
     if not problems and not background:
         written: list[dict[str, Any]] = []
         problems = ranks.problems(ranks.problem_of(lambda: written.extend(write_parts(partial, parts))))
@@ -129,6 +127,20 @@ def save(
             shutil.rmtree(partial, ignore_errors=True)
         raise _failed(final, problems)
     return None
+
+
+def _write_unsynced(partial: Path, parts: Sequence[Part]) -> tuple[list[str], Settle | None]:
+    """Write the files of all ranks; returns the problems, or what waits for the disk where there are none."""
+    settle: Settle | None = None
+    error: str | None = None
+    try:
+        settle = write_unsynced(partial, parts)
+    except Exception as problem:  # whatever it is, the other ranks must hear of it instead of waiting
+        error = ranks.text_of(problem)
+    problems = ranks.problems(error)
+    if problems and settle is not None:  # nothing stays open on the ranks that could write
+        ranks.problem_of(settle)
+    return problems, None if problems else settle
 
 
 def finish(saving: BackgroundSave) -> None:

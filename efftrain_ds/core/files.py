@@ -17,3 +17,16 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def write_whole(path: Path, content: bytes | str) -> None:
+    """Write a file that is there whole or not at all, also after a crash of the machine; text as UTF-8.
+
+    Raises:
+        OSError: the disk refuses.
+    """
+    partial = path.with_name(path.name + ".partial")
+    partial.write_bytes(content.encode() if isinstance(content, str) else content)
+    sync(partial)
+    partial.replace(path)
+    sync(path.parent)

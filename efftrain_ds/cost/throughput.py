@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -12,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from ..core.errors import PlanError
+from ..core.files import write_whole
 
 FORMAT = 1
 
@@ -120,9 +120,7 @@ class Throughput:
         """Write the profile as JSON, atomically."""
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(path.name + ".partial")
-        partial.write_text(json.dumps({"format": FORMAT, **asdict(self)}, indent=1) + "\n")
-        os.replace(partial, path)
+        write_whole(path, json.dumps({"format": FORMAT, **asdict(self)}, indent=1) + "\n")
 
 
 def load_throughput(path: str | Path) -> Throughput:

@@ -23,11 +23,11 @@ from typing import Any
 import numpy as np
 
 from ..core.errors import ShardError
-from ..core.files import sync
+from ..core.files import sync, write_whole
 from .manifest import MANIFEST, Rendition, Shard
 from .pack import Packed, PackPlan, make_plan, pack_all
 from .rendition import DEFAULT_QUALITY, make_rendition
-from .scan import file_sha256, read_rows, write_atomic, write_index
+from .scan import file_sha256, read_rows, write_index
 from .sources import Source
 
 logger = logging.getLogger(__name__)
@@ -153,7 +153,7 @@ def _resume(out: Path, plan: PackPlan) -> dict[int, Packed]:
     if not records:
         if any(out.glob("*.tar")) or (out / MANIFEST).exists():
             raise ShardError(f"{out}: holds shards of another origin; choose a new folder or empty this one")
-        write_atomic(path, _line(plan.header).encode())
+        write_whole(path, _line(plan.header))
         return {}
     found = records[0]
     if found != plan.header:
@@ -162,7 +162,7 @@ def _resume(out: Path, plan: PackPlan) -> dict[int, Packed]:
             f"{path}: was begun with another {', '.join(differs)}; repeat the same command, or empty the folder"
         )
     if not lines[-1].endswith("}") or _parse(lines[-1]) is None:  # cut while it was written
-        write_atomic(path, "".join(map(_line, records)).encode())
+        write_whole(path, "".join(map(_line, records)))
     done: dict[int, Packed] = {}
     for record in records[1:]:
         shard = out / record["name"]
@@ -180,7 +180,7 @@ def _finish(source: Source, plan: PackPlan, out: Path, packed: list[Packed], reu
     count = sum(p.record["n"] for p in packed)
     assert count + len(rejected) == len(source), (count, len(rejected), len(source))
     assert all(len(p.rows) == p.record["n"] for p in packed)
-    write_atomic(out / REJECTED, "".join(map(_line, rejected)).encode())
+    write_whole(out / REJECTED, "".join(map(_line, rejected)))
     if count == 0:
         first = rejected[0]
         raise ShardError(
@@ -190,9 +190,9 @@ def _finish(source: Source, plan: PackPlan, out: Path, packed: list[Packed], reu
     if rejected:
         logger.warning("%s: %d of %d images rejected, see %s", out, len(rejected), len(source), REJECTED)
     twins = list(_duplicates(source, plan, packed))
-    write_atomic(out / DUPLICATES, "".join(map(_line, twins)).encode())
+    write_whole(out / DUPLICATES, "".join(map(_line, twins)))
     # canonical order: the journal too is the same however the build went
-    write_atomic(out / JOURNAL, "".join(map(_line, [plan.header, *(p.record for p in packed)])).encode())
+    write_whole(out / JOURNAL, "".join(map(_line, [plan.header, *(p.record for p in packed)])))
     shards = [Shard(*(p.record[name] for name in ("name", "bytes", "sha256", "n"))) for p in packed]
     manifest = write_index(out, plan.split, source.classes, shards, [p.rows for p in packed], plan.rendition)
     sync(out)

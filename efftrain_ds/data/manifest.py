@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from ..core.errors import ShardError
+from ..core.files import write_whole
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -207,9 +208,7 @@ class Manifest:
         assert self.labels is None
         assert self.excluded is None
         path = self.folder / MANIFEST
-        partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps(self._document(), indent=1) + "\n")
-        partial.replace(path)
+        write_whole(path, json.dumps(self._document(), indent=1) + "\n")
         return path
 
 

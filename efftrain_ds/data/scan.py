@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from typing import NoReturn
 import numpy as np
 
 from ..core.errors import ShardError
+from ..core.files import write_whole
 from .checks import FORMATS, SampleRejected, image_size
 from .manifest import INDEX, ROW, Manifest, Rendition, Shard
 from .tarwalk import Member, Report, Window, walk
@@ -172,16 +172,6 @@ def payload_hash(payload: bytes) -> bytes:
     return hashlib.blake2b(payload, digest_size=16).digest()
 
 
-def write_atomic(path: Path, content: bytes) -> None:
-    """Write a file so that it is there whole or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
-
-
 def write_index(
     folder: Path,
     split: str,
@@ -192,7 +182,7 @@ def write_index(
 ) -> Manifest:
     """Write ``index.bin``, timm's ``_info.json`` and, last, the manifest."""
     index = b"".join(r.tobytes() for r in rows)
-    write_atomic(folder / INDEX, index)
+    write_whole(folder / INDEX, index)
     samples = sum(s.n for s in shards)
     info = {
         "splits": {
@@ -204,9 +194,8 @@ def write_index(
             }
         }
     }
-    write_atomic(folder / INFO, (json.dumps(info, indent=1) + "\n").encode())
+    write_whole(folder / INFO, (json.dumps(info, indent=1) + "\n").encode())
     digest = hashlib.sha256(index).hexdigest()
     manifest = Manifest(folder, split, tuple(classes), tuple(shards), samples, digest, rendition)
-    with manifest.write().open("rb") as file:
-        os.fsync(file.fileno())
+    manifest.write()
     return manifest

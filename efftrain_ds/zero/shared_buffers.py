@@ -40,10 +40,10 @@ def release_own_buffer(device: torch.device, folder: Path = FOLDER) -> bool:
     if device.type != "cpu" or not dist.is_initialized():
         return False
     dist.barrier()  # every rank has mapped the files of all
-    path = own_buffer(folder)
-    if not path.exists():
+    try:
+        own_buffer(folder).unlink()
+    except FileNotFoundError:
         return False
-    path.unlink(missing_ok=True)
     return True
 
 

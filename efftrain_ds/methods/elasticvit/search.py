@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...core.errors import CheckpointError, ConfigError
+from ...core.files import write_whole
 from ...core.ranks import from_first, gather, rank, world_size
 from ...models.elastic import Space
 from .calibrate import calibrate
@@ -270,8 +270,7 @@ class Search:
         text = json.dumps({"origin": self.origin, "search": self._on_first.state_dict(), "scores": rows})
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.with_suffix(".tmp").write_text(text, encoding="utf-8")
-            os.replace(path.with_suffix(".tmp"), path)
+            write_whole(path, text)
         except OSError as error:
             raise ConfigError(f"cannot write {path}: {error}") from error
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ... import __version__
 from ...core.errors import ConfigError
+from ...core.files import write_whole
 from ...core.text import duration_text
 from . import figures, html, parts, subnets, troubles
 from .compare import numbers, target
@@ -35,9 +36,7 @@ def write_report(runs: Sequence[RunData], output: str | Path, now: float | None 
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         # in one go, so that a reader of the old page never sees half a new one
-        draft = path.with_name(path.name + ".tmp")
-        draft.write_text(text, encoding="utf-8")
-        draft.replace(path)
+        write_whole(path, text)
         figures.to_png(figures.overview(runs, headline(runs)), picture)
     except OSError as error:
         raise ConfigError(f"--output: cannot write {path}: {error}") from error
