@@ -173,15 +173,37 @@ def sdpa_peers(inputs: Inputs, dry: bool = False) -> list[Alternative]:
     return [Alternative(name, inputs, make(backend)) for name, backend in SDPA.items()]
 
 
+def packed_peers(inputs: Inputs, dry: bool = False) -> list[Alternative]:
+    """Every backend of scaled_dot_product_attention, fed from packed qkv as timm's models feed it."""
+    backends = {name: SDPBackend.MATH if dry else backend for name, backend in SDPA.items()}
+    return [Alternative(f"{name}, packed", inputs, as_timm(inputs, b), True) for name, b in backends.items()]
+
+
+def as_timm(inputs: Inputs, backend: SDPBackend) -> Callable[..., Tensor]:
+    """Attention as timm writes it: from the output of the qkv linear [B, N, 3C] to the input of proj [B, N, C]."""
+    b, n, h, d = inputs.shape
+
+    def run(qkv: Tensor) -> Tensor:
+        q, k, v = qkv.reshape(b, n, 3 * h * d).reshape(b, n, 3, h, d).permute(2, 0, 3, 1, 4).unbind(0)
+        with sdpa_kernel(backend):  # inside, so that compiled code is guarded by the backend
+            return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, n, h * d)
+
+    return run
+
+
 def flex_peers(inputs: Inputs, dry: bool = False) -> list[Alternative]:
-    """FlexAttention, compiled, with blocks of 64 and 128, under the mask of the inputs."""
+    """FlexAttention, compiled, with blocks of 64 and 128, under the mask of the inputs.
+
+    All compiled forms of one function share a limit of recompilations, past which torch runs it uncompiled. As one
+    graph (``fullgraph``) that is an error instead; call ``torch._dynamo.reset()`` between cases.
+    """
     from torch._functorch import config
     from torch.nn.attention.flex_attention import create_block_mask, create_mask, flex_attention
 
     config.donated_buffer = False  # else a backward cannot be timed without its forward
     mask = inputs.mask
     assert mask is not None
-    run = torch.compile(flex_attention, dynamic=False)
+    run = torch.compile(flex_attention, dynamic=False, fullgraph=True)
     keep, block, (_, n, h, _) = mask.keep, mask.block, inputs.shape
 
     def seen(b: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
@@ -213,14 +235,6 @@ def layer_alternatives(inputs: Inputs, compiled: bool, dry: bool = False) -> lis
     def own(qkv: Tensor) -> Tensor:
         return attention(qkv.reshape(b, n, 3 * h * d).view(b, n, 3, h, d), inputs.mask).reshape(b, n, h * d)
 
-    def usual(backend: SDPBackend) -> Callable[..., Tensor]:
-        def run(qkv: Tensor) -> Tensor:
-            q, k, v = qkv.reshape(b, n, 3 * h * d).reshape(b, n, 3, h, d).permute(2, 0, 3, 1, 4).unbind(0)
-            with sdpa_kernel(backend):  # inside, so that compiled code is guarded by the backend
-                return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, n, h * d)
-
-        return run
-
     def prepared(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
         if not compiled:
             return function
@@ -229,7 +243,7 @@ def layer_alternatives(inputs: Inputs, compiled: bool, dry: bool = False) -> lis
     alternatives = [Alternative("ours", inputs, prepared(own), True, inputs.mask is not None)]
     for name in ("SDPA flash", "SDPA cuDNN"):
         backend = SDPBackend.MATH if dry else SDPA[name]
-        alternatives.append(Alternative(name, inputs, prepared(usual(backend)), True))
+        alternatives.append(Alternative(name, inputs, prepared(as_timm(inputs, backend)), True))
     return alternatives
 
 
@@ -250,7 +264,7 @@ def crop_alternatives(size: int, device: torch.device, dry: bool = False) -> dic
     """From uint8 [B, 3, S, S] to bf16 [B, 3, R, R], normalised; ours first, "interpolate" has another filter."""
     scale = torch.tensor([1 / (255 * s) for s in STD], device=device).view(-1, 1, 1)
     shift = torch.tensor([-m / s for m, s in zip(MEAN, STD, strict=True)], device=device).view(-1, 1, 1)
-    prepared = (lambda f: f) if dry else (lambda f: torch.compile(f, dynamic=False))
+    prepared = (lambda f: f) if dry else (lambda f: torch.compile(f, dynamic=False, fullgraph=True))
 
     @prepared
     def normalised(x: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 TOLERANCE = {torch.bfloat16: 4e-3, torch.float16: 6e-4, torch.float32: 2e-6}
 PEER_TOLERANCE = 3  # times ours: a peer may round more, but must compute the same thing
 DRY_TOLERANCE = 1e-2  # the interpreter truncates bf16
+DENSITY_TOLERANCE = 0.02  # of a mask's share of the scores; of 9 x 9 blocks the diagonal alone is 11 %
 CROP_TOLERANCE = 2e-3
 CROP_PEERS = 1e-2
 # targets for the ratio of the best peer's time to ours: (must, aim) by case and pass
@@ -24,8 +25,9 @@ TARGETS: dict[tuple[str, str], tuple[float, float]] = {
     ("DeiT-S 1025 50 %", "fwd+bwd"): (1.3, 1.5),
     ("DeiT-S 1025 75 %", "fwd+bwd"): (2.2, 3.0),
     ("DeiT-S 1025 90 %", "fwd+bwd"): (3.5, 5.0),
-    ("DeiT-S 577 dense", "fwd+bwd"): (0.97, 1.0),
-    ("DeiT-S 1025 dense", "fwd+bwd"): (0.97, 1.0),
+    # SDPA against itself there: from packed qkv on both sides, since what puts dq, dk and dv into one tensor costs time
+    ("DeiT-S 577 dense / packed", "fwd+bwd"): (0.97, 1.0),
+    ("DeiT-S 1025 dense / packed", "fwd+bwd"): (0.97, 1.0),
 }
 FLEX_TARGET = (1.1, 1.4)
 CROP_TARGETS = {"literal FFT": (15, 28), "rfft2": (5, 8), "two matmuls": (1.7, 2.5), "interpolate": (3, 7)}

@@ -6,7 +6,9 @@ alone, so every shipped configuration is checked where no GPU is at hand::
     python -m efftrain_ds.kernels.gate --capability 90
 
 Kernels must be compiled ones: run it without ``TRITON_INTERPRET``. Compilation takes seconds a variant; Triton keeps
-the results in its cache, so that a second run is quick.
+the results in its cache, so that a second run is quick. For another version of Triton install it into a folder of its
+own and put that first (``pip install --target=FOLDER --no-deps triton==3.6.0``, then ``PYTHONPATH=FOLDER`` before the
+command); the first line of the table names the version that compiled.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ from typing import Any
 MODULES = ("lowfreq_crop.triton_fwd", "attention.resident", "attention.lists", "attention.shipped")
 """Modules of this package whose ``gate_cases()`` are checked."""
 
-SHARED_LIMIT = {80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 120: 99}
+SHARED_LIMIT = {80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 120: 99, 121: 99}
 """Shared memory that one program may use, KiB by compute capability."""
 
 MAX_REGISTERS = 255
@@ -356,7 +358,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         0 without a violation, else 1; 2 where no case was selected.
     """
     parser = argparse.ArgumentParser(prog="python -m efftrain_ds.kernels.gate", description=__doc__.split("\n")[0])
-    parser.add_argument("--capability", type=int, action="append", help="90, 89, 80 (repeatable; default: all)")
+    parser.add_argument("--capability", type=int, action="append", help="90, 120, ... (repeatable; default: all)")
     parser.add_argument("--only", action="append", metavar="TEXT", help="names that contain it (repeatable)")
     parser.add_argument("--quick", action="store_true", help="only the cases of the ordinary tests")
     parser.add_argument("--module", action="append", metavar="NAME", help="modules with gate_cases() instead of ours")

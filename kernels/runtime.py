@@ -19,6 +19,7 @@ logger = logging.getLogger(__name__)
 VARIABLE = "EFFTRAIN_KERNELS"
 SIDES = ("", "reference", "triton")
 MIN_CAPABILITY = (8, 0)
+ARCHITECTURES = ("sm_80", "sm_89", "sm_90", "sm_100", "default")
 FUSED = {"enable_fp_fusion": True}
 """Option of every launch: fused multiply-add, said aloud because newer Triton versions will not do it by default."""
 
@@ -45,6 +46,18 @@ def interpreted() -> bool:
     from triton import knobs
 
     return bool(knobs.runtime.interpret)
+
+
+def architecture(capability: tuple[int, int]) -> str:
+    """The class of GPUs that a compute capability belongs to: its members share tiles, launch options and limits.
+
+    One of `ARCHITECTURES`, by the shared memory of a program and the tensor cores' instructions: "sm_80" (8.0, 8.7) has
+    163 KiB and mma, "sm_89" (8.6, 8.9, and 12.x: Blackwell for workstations, which has neither Hopper's instructions
+    nor its memory) 99 KiB and mma, "sm_90" (9.0) 227 KiB and wgmma, "sm_100" (10.x) 227 KiB and tcgen05. "default" is
+    what we do not know; it gets what needs least.
+    """
+    major = {8: "sm_80" if capability[1] in (0, 7) else "sm_89", 10: "sm_100", 12: "sm_89"}.get(capability[0])
+    return major or ("sm_90" if capability == (9, 0) else "default")
 
 
 @lru_cache(maxsize=16)

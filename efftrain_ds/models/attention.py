@@ -7,7 +7,7 @@ optimizers, ZeRO partitions, compiled checkpoint formats and deep copies see the
 
 A rebuild of the engine makes new modules. They hold the masks' present values, but they are other objects, and their
 routes are those of the model that was given to ``initialize``: after a rebuild fetch the masks from ``engine.module``
-again and call `update_routes`.
+again and call `update_routes`, as after every larger change of what they keep.
 
 A mask is for one number of tokens. Where sequences of several lengths pass (`serve_lengths`), the others get masks that
 are made when the first of them arrives; these follow from a pattern, so they are not in the state dict.
@@ -39,6 +39,8 @@ def use_block_attention(model: nn.Module, masks: Masks = None) -> list[str]:
     Subclasses that keep timm's `forward` are taken too. Others (rotary, relative-position, differential or windowed
     attention) stay as they are: their products are not the ones of our kernels. May be called again, to change masks
     (another mask object makes compiled code compile again; `BlockMask.update_` does not) or after blocks were added.
+    A layer whose mask prunes too little for the kernels to be faster starts on SDPA (see `update_routes`; the masks are
+    read, so the host waits for the device here).
 
     Args:
         model: any module with timm blocks inside.
@@ -86,8 +88,16 @@ def use_block_attention(model: nn.Module, masks: Masks = None) -> list[str]:
         if mask is not None and device.type != "meta":
             mask.to(device)
         module.register_module("block_mask", mask)
-        module.attention_route = "auto"
+        module.attention_route = _first_route(module)
     return list(found)
+
+
+def _first_route(module: nn.Module) -> str:
+    """SDPA for a mask that prunes too little for the kernels; fp32 weights may become 16-bit ones before training."""
+    mask, dtype = module.block_mask, module.qkv.weight.dtype
+    if mask is None or mask.keep.device.type == "meta":
+        return "auto"  # nothing to read
+    return route_for(mask, torch.bfloat16 if dtype == torch.float32 else dtype, module.head_dim)
 
 
 def update_routes(model: nn.Module, dtype: torch.dtype | None = None) -> dict[str, str]:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..runtime import FUSED, interpreted
+from ..runtime import FUSED, architecture, interpreted
 
 if TYPE_CHECKING:
     from ..gate import GateCase
@@ -27,9 +27,13 @@ BLOCKS = (16, 32, 64, 128)
 HEAD_DIMS = {16: (16, 0), 32: (32, 0), 48: (32, 16), 64: (64, 0), 80: (64, 16), 96: (64, 32), 128: (128, 0)}
 """Head dims and the two parts they are computed in."""
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-FP32_BLOCKS = {80: {128: 64}, 89: {80: 64, 128: 0}}
-"""Largest block whose fp32 backward kernels fit the shared memory, by head dim, where that is not every block: keys are
-80 for GPUs with 164 KiB and 89 for those with 100 KiB of compute capability 8."""
+FP32_BLOCKS: dict[str, dict[int, int]] = {
+    "sm_80": {128: 64},
+    "sm_89": {80: 64, 128: 0},
+    "default": {80: 64, 128: 0},
+}
+"""Largest block whose fp32 backward kernels fit the shared memory, by architecture and head dim, where that is not
+every block. A GPU that we do not know is taken for one with little."""
 
 
 def supports(q: Tensor, k: Tensor, v: Tensor, block: int, scale: float) -> str | None:
@@ -53,12 +57,17 @@ def supports(q: Tensor, k: Tensor, v: Tensor, block: int, scale: float) -> str |
             return f"{name} is {x.dtype} on {x.device} beside q in {q.dtype} on {q.device}"
         if x.stride(-1) != 1:
             return f"{name} has a head dim of stride {x.stride(-1)}, the kernels need 1"
-        if block * x.stride(1) >= 2**31:
+        if too_far(x, block):
             return f"{name} has tokens {x.stride(1)} elements apart, one block of them is over 2^31 elements long"
     images, q_len, heads, _ = q.shape
     if max(-(-q_len // block), -(-k.shape[1] // block)) * images * heads >= 2**31:
         return f"{images} images x {heads} heads x {q_len} tokens make more tiles than a grid has"
     return None
+
+
+def too_far(x: Tensor, block: int) -> bool:
+    """Whether a block of tokens of x [B, N, H, D] spans 2^31 elements or more, which the kernels' offsets cannot."""
+    return block * x.stride(1) >= 2**31
 
 
 def too_large(capability: tuple[int, int], dtype: torch.dtype, head_dim: int, block: int) -> str | None:
@@ -70,11 +79,8 @@ def too_large(capability: tuple[int, int], dtype: torch.dtype, head_dim: int, bl
         head_dim: D.
         block: tokens of a mask block.
     """
-    if dtype != torch.float32 or capability[0] != 8:
-        return None
-    arch = 80 if capability[1] in (0, 7) else 89
-    most = FP32_BLOCKS[arch].get(head_dim, block)
-    if block <= most:
+    most = FP32_BLOCKS.get(architecture(capability), {}).get(head_dim, block)
+    if dtype != torch.float32 or block <= most:
         return None
     allowed = f"blocks up to {most}" if most else "16-bit types"
     return f"float32, head dim {head_dim}, blocks of {block} on sm_{capability[0]}{capability[1]}; allowed: {allowed}"
@@ -257,9 +263,11 @@ def gate_cases() -> list[GateCase]:
 
     kernels = {"forward": forward_kernel, "dq": dq_kernel, "dkv": dkv_kernel}
     cases = []
-    for capability, names in ((90, ("bf16", "fp16")), (80, ("bf16",)), (89, ("bf16",))):
+    for capability in (90, 80, 89, 100, 120):
+        names = ("bf16", "fp16") if capability == 90 else ("bf16",)
+        arch = architecture(divmod(capability, 10))
         for name, head_dim, sparse in itertools.product(names, (32, 64, 80, 128), (True, False)):
-            entry = resolve(Key(f"sm_{capability}", name, head_dim, "list", sparse), shipped_rows())
+            entry = resolve(Key(arch, name, head_dim, "list", sparse), shipped_rows())
             if entry.prefer != "kernel" and not (capability == 90 and head_dim == 64 and name == "bf16"):
                 continue
             for kernel, tail in itertools.product(kernels, (1, 50) if name == "bf16" and sparse else (1,)):

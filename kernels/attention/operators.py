@@ -133,9 +133,9 @@ def _run_backward(
         with torch.autocast(q.device.type, enabled=False):
             reference_backward(q, k, v, out, lse, dout, *grads, allowed, scale)
         return
-    if dout.stride(-1) != 1:
-        dout = dout.contiguous()  # the gradient of a sum is expanded from one number
     launch = _launch(q, k, v, lists, block, scale, kernel, tf32, backward=True)
+    if dout.stride(-1) != 1 or _too_far(dout, block):
+        dout = dout.contiguous()  # the gradient of a sum is expanded from one number
     with _current(q.device):
         if launch.kernel == "resident":
             from . import resident
@@ -147,6 +147,12 @@ def _run_backward(
             list_kernels.backward(
                 q, k, v, out, lse, dout, *grads, row_cnt, row_idx, col_cnt, col_idx, block, scale, launch
             )
+
+
+def _too_far(x: Tensor, block: int) -> bool:
+    from . import lists as list_kernels
+
+    return list_kernels.too_far(x, block)
 
 
 def _like_outputs(q: Tensor) -> tuple[Tensor, Tensor]:

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..gate import GateCase
-from ..runtime import FUSED, interpreted
+from ..runtime import FUSED, architecture, interpreted
 from .resident_bwd import backward_kernel
 from .resident_fwd import forward_kernel
 from .table import Launch
@@ -21,17 +21,20 @@ from .table import Launch
 MAX_TOKENS = 256
 DTYPES = (torch.float16, torch.bfloat16)
 FORWARD_KEYS = {
-    90: {32: 256, 64: 256, 80: 224, 128: 208},
-    80: {32: 224, 64: 208, 80: 208},
+    "sm_90": {32: 256, 64: 256, 80: 224, 128: 208},
+    "sm_80": {32: 224, 64: 208, 80: 208},
+    "sm_89": {32: 224, 64: 208, 80: 208},
 }
-"""Most keys of the forward kernel by head dim: with more the scores of a query tile do not fit into the registers."""
+"""Most keys of the forward kernel by architecture and head dim: with more the scores of a query tile do not fit into
+the registers."""
 BACKWARD_QUERIES = {
-    90: {64: 256, 128: 256},
-    80: {32: 256, 64: 256},
-    89: {32: 256, 64: 128},
+    "sm_90": {64: 256, 128: 256},
+    "sm_80": {32: 256, 64: 256},
+    "sm_89": {32: 256, 64: 128},
 }
-"""Most queries of the backward kernel by head dim. Some of its products have the head dim as their rows, and Hopper's
-wide instructions take 64: no 32 and 80 there. sm_89 has shared memory for 128 queries of 64 numbers."""
+"""Most queries of the backward kernel by architecture and head dim. Some of its products have the head dim as their
+rows, and Hopper's wide instructions take 64: no 32 and 80 there. sm_89 has shared memory for 128 queries of 64
+numbers."""
 
 
 @lru_cache(maxsize=512)
@@ -84,23 +87,16 @@ def supports(
         return None
     if dtype not in DTYPES:
         return f"{name} takes fp16 and bf16 on a GPU, found {dtype}"
-    arch = _arch(capability)
-    if arch is None:
-        return f"{name} is made for compute capabilities 8.0 to 9.0, found {capability[0]}.{capability[1]}"
-    limits = BACKWARD_QUERIES[arch] if backward else FORWARD_KEYS[80 if arch == 89 else arch]
+    arch = architecture(capability)
+    limits = (BACKWARD_QUERIES if backward else FORWARD_KEYS).get(arch)
+    if limits is None:
+        return f"{name} is made for compute capabilities 8.0 to 9.0 and 12.x, found {capability[0]}.{capability[1]}"
     if head_dim not in limits:
-        return f"{name} takes head dims {', '.join(map(str, limits))} on sm_{arch}, found {head_dim}"
+        return f"{name} takes head dims {', '.join(map(str, limits))} on {arch}, found {head_dim}"
     found, what = (q_len, "queries") if backward else (kv_len, "keys")
     if found > limits[head_dim]:
-        return f"{name} takes up to {limits[head_dim]} {what} of head dim {head_dim} on sm_{arch}, found {found}"
+        return f"{name} takes up to {limits[head_dim]} {what} of head dim {head_dim} on {arch}, found {found}"
     return None
-
-
-def _arch(capability: tuple[int, int]) -> int | None:
-    """90, 80 (164 KiB of shared memory) or 89 (100 KiB)."""
-    if capability[0] == 8:
-        return 80 if capability[1] in (0, 7) else 89
-    return 90 if capability == (9, 0) else None
 
 
 def default_launch(
@@ -119,7 +115,7 @@ def default_launch(
         return Launch("resident", num_warps=4, num_stages=1, tile=64)
     rows = query_rows(q_len)
     warps = 8 if rows * head_dim > 128 * 64 else 4
-    if capability is None or capability[0] >= 9:
+    if capability is None or architecture(capability) == "sm_90":
         # one or two programs a multiprocessor: the loads of the next tiles have to hide behind this one's work
         return Launch("resident", warps, 2 if kv_len <= 64 else 3, 16 if head_dim > 64 and rows > 128 else 32)
     if head_dim <= 32:
@@ -284,11 +280,13 @@ _FORWARD_CASES = {
     90: ((64, 50), (64, 101), (64, 197), (64, 256), (32, 197), (32, 256), (80, 197), (80, 224), (128, 101), (128, 197)),
     80: ((64, 50), (64, 101), (64, 197), (32, 224), (80, 197)),
     89: ((64, 197),),
+    120: ((64, 197), (32, 224), (80, 197)),
 }
 _BACKWARD_CASES = {
     90: ((64, 50), (64, 101), (64, 192), (64, 197), (128, 50), (128, 101), (128, 197)),
     80: ((64, 50), (64, 101), (64, 197), (32, 50), (32, 101), (32, 197)),
     89: ((64, 101), (32, 197)),
+    120: ((64, 101), (32, 197)),
 }
 
 

@@ -24,12 +24,14 @@ from typing import Any
 
 import torch
 
+from .. import runtime
+from ..runtime import ARCHITECTURES
+
 logger = logging.getLogger(__name__)
 
 VARIABLE = "EFFTRAIN_KERNEL_TABLE"
 SHIPPED = Path(__file__).with_name("table.json")
 SOURCES = ("resident*.py", "lists*.py", "../blocks.py")
-ARCHITECTURES = ("sm_80", "sm_89", "sm_90", "default")
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.float64: "fp64"}
 HEAD_DIMS = {16: 32, 32: 32, 48: 64, 64: 64, 80: 80, 96: 128, 128: 128}
 """Head dims of the kernels, and the one of the table whose rows they use."""
@@ -68,7 +70,7 @@ class Key:
     """What a lookup depends on; also what a compiled variant depends on (batch, heads and counts are not part).
 
     Attributes:
-        arch: one of `ARCHITECTURES`.
+        arch: one of `runtime.ARCHITECTURES`.
         dtype: one of the values of `DTYPES`.
         head_dim: one of the values of `HEAD_DIMS`.
         length: one of `LENGTHS`; of the longer of queries and keys.
@@ -105,12 +107,10 @@ class Entry:
 
 @lru_cache(maxsize=64)
 def architecture(device_type: str, index: int = 0) -> str:
-    """The table's name for a device: GPUs of one compute capability family share rows; others are "default"."""
+    """The table's name for a device, see `runtime.architecture`; "default" where it is no NVIDIA GPU."""
     if device_type != "cuda" or torch.version.hip is not None:
         return "default"
-    return {(8, 0): "sm_80", (8, 6): "sm_89", (8, 7): "sm_80", (8, 9): "sm_89", (9, 0): "sm_90"}.get(
-        torch.cuda.get_device_capability(index), "default"
-    )
+    return runtime.architecture(torch.cuda.get_device_capability(index))
 
 
 def key_for(

@@ -22,11 +22,14 @@ import triton.language as tl
 from torch import Tensor
 
 from ..blocks import product
-from ..runtime import FUSED, interpreted
+from ..runtime import FUSED, architecture, interpreted
 from .tiles import CHUNK, OFFSETS, ROWS, Operands, Tiles, tiles
 
 if TYPE_CHECKING:
     from ..gate import GateCase
+
+WIDE = ("sm_90", "sm_100")
+"""Architectures whose tensor cores read their operands from shared memory, and that have much of it."""
 
 
 @triton.jit
@@ -226,9 +229,9 @@ def launch(
     rows, columns = out.shape[2:]
     if (height - 1) * x.stride(2) + (width - 1) * x.stride(3) >= OFFSETS:
         x = x.contiguous()
-    capability = _capability(x.device.index)
-    keep = keeps(x, capability) if resident is None else resident
-    plan = tiles(height, width, rows, columns, keep, capability < 90)
+    arch = _architecture(x.device.index)
+    keep = keeps(x, arch) if resident is None else resident
+    plan = tiles(height, width, rows, columns, keep, arch not in WIDE)
     double = operands.left.dtype == torch.float64
     grid = (planes * plan.row_tiles * plan.column_tiles,)
     if not grid[0]:
@@ -256,32 +259,29 @@ def launch(
         **_constants(plan, flip is not None, operands.nyquist_h is not None, x.dtype == torch.uint8),
         ACC=tl.float64 if double else tl.float32,
         UPCAST=interpreted(),
-        **{**options(capability), **FUSED, **tuned},
+        **{**options(arch), **FUSED, **tuned},
     )
 
 
-def options(capability: int) -> dict[str, int]:
-    """Launch options by compute capability (90, 80, ...); without wgmma 4 warps would spill at 160 columns."""
-    return {"num_warps": 4 if capability >= 90 else 8, "num_stages": 2}
+def options(arch: str) -> dict[str, int]:
+    """Launch options by architecture (see `runtime.architecture`); with mma 4 warps would spill at 160 columns."""
+    return {"num_warps": 4 if arch in WIDE else 8, "num_stages": 2}
 
 
-def keeps(x: Tensor, capability: int) -> bool:
+def keeps(x: Tensor, arch: str) -> bool:
     """Whether programs keep their rows of the left operand.
 
-    Before Hopper that operand is in registers, beside the result. And pixels that cannot be read 16 at a time (an odd
-    width, channels last) need an address each: then too many registers are in use as well.
+    Where products are mma instructions that operand is in registers, beside the result. And pixels that cannot be read
+    16 at a time (an odd width, channels last) need an address each: then too many registers are in use as well.
     """
     aligned = x.stride(3) == 1 and all(stride % 16 == 0 for stride in x.stride()[:3]) and x.data_ptr() % 16 == 0
-    return capability >= 90 and aligned and x.shape[3] % CHUNK == 0
+    return arch in WIDE and aligned and x.shape[3] % CHUNK == 0
 
 
 @lru_cache(maxsize=16)
-def _capability(index: int | None) -> int:
+def _architecture(index: int | None) -> str:
     """Of a CUDA device, or of Hopper where there is none (the interpreter ignores the options)."""
-    if index is None:
-        return 90
-    major, minor = torch.cuda.get_device_capability(index)
-    return 10 * major + minor
+    return "sm_90" if index is None else architecture(torch.cuda.get_device_capability(index))
 
 
 def _constants(plan: Tiles, flip: bool, nyquist: bool, centred: bool) -> dict[str, Any]:
@@ -299,14 +299,15 @@ def _constants(plan: Tiles, flip: bool, nyquist: bool, centred: bool) -> dict[st
 
 
 def gate_cases() -> list[GateCase]:
-    """The shipped variants: 224 to the sizes of the schedules on three architectures, and unusual forms on Hopper.
+    """The shipped variants: 224 to the sizes of the schedules on all architectures, and unusual forms on Hopper.
 
     With flips and the Nyquist term, which need most registers.
     """
     from ..gate import GateCase
 
     def case(name: str, height: int, width: int, size: int, capability: int, form: str, out: str = "*bf16") -> GateCase:
-        plan = tiles(height, width, size, size, capability >= 90 and form == "chw", capability < 90)
+        arch = architecture(divmod(capability, 10))
+        plan = tiles(height, width, size, size, arch in WIDE and form == "chw", arch not in WIDE)
         signature = {"x": "*u8", "left": "*fp16", "right": "*fp16", "flip": "*u8", "out": out}
         signature |= dict.fromkeys(("nyquist_h", "nyquist_w", "scale", "shift"), "*fp32")
         integers = ("H", "W", "Bh", "Bw", "stride_n", "stride_c", "stride_h", "stride_left", "stride_right")
@@ -320,13 +321,13 @@ def gate_cases() -> list[GateCase]:
             kernel=crop_kernel,
             signature=signature,
             constants={**_constants(plan, True, True, True), "ACC": tl.float32, "UPCAST": False},
-            **options(capability),
+            **options(arch),
             capability=capability,
-            wgmma=capability >= 90,
+            wgmma=arch == "sm_90",
             quick=capability == 90 and name == "224_192",
         )
 
-    cases = [case(f"224_{b}", 224, 224, b, sm, "chw") for sm in (90, 89, 80) for b in (96, 128, 160, 192)]
+    cases = [case(f"224_{b}", 224, 224, b, sm, "chw") for sm in (90, 89, 80, 100, 120) for b in (96, 128, 160, 192)]
     cases += [case(f"hwc_224_{b}", 224, 224, b, 90, "hwc") for b in (128, 192)]
     cases += [
         case("fp32_224_192", 224, 224, 192, 90, "chw", "*fp32"),

@@ -141,6 +141,22 @@ def test_expanded_gradient_and_fp16(route):
     assert qkv.grad.stride() == qkv.stride(), "dqkv has the layout of qkv"
 
 
+@needs_kernels
+def test_gradient_whose_tokens_are_too_far_apart_is_copied(monkeypatch):
+    """One block of tokens over 2^31 elements: pretended, the memory would be 4 GiB."""
+    seen, backward = [], lists.backward
+    monkeypatch.setattr(lists, "too_far", lambda x, block: x.stride(1) == 1000)
+    monkeypatch.setattr(lists, "backward", lambda *a: (seen.append(a[5].stride()), backward(*a)) and None)
+    qkv = packed(n=16, heads=1, dtype=torch.float32)
+    out = attention(qkv, route="list")
+    wide = torch.zeros(1, 16, 1000, device=DEVICE)[..., :DIM].unflatten(-1, (1, DIM))
+    wide.copy_(weights(out))
+    (found,) = torch.autograd.grad(out, qkv, wide, retain_graph=True)
+    (wanted,) = torch.autograd.grad(out, qkv, weights(out))
+    assert [strides[1] for strides in seen] == [DIM, DIM]
+    assert torch.equal(found, wanted)
+
+
 @pytest.mark.parametrize("route", ["sdpa", *KERNEL_ROUTES])
 def test_two_lengths_and_two_masks_in_one_process(route):
     dtype, limit = (torch.float16, 6e-4) if GPU and route == "resident" else (torch.float32, 5e-6 if GPU else 2e-6)

@@ -333,6 +333,12 @@ def test_supports_names_the_reason():
     assert "up to 128 queries" in reason(64, 129, ada, True)
     assert "found 128" in reason(128, 64, ampere)
     assert "found 10.0" in reason(64, 64, (10, 0))
+    for n in (128, 129):  # Blackwell for workstations has Ada's memory
+        assert (reason(64, n, (12, 0), True) is None) is (reason(64, n, ada, True) is None)
+    for shape in ((64, 197, 197), (32, 197, 197), (64, 50, 50)):
+        for backward in (False, True):
+            launches = [resident.default_launch(*shape, version, backward=backward) for version in ((12, 0), ada)]
+            assert launches[0] == launches[1]
     assert "7.5" in reason(64, 64, (7, 5))
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch._dynamo
 
 FOLDER = Path(__file__).resolve().parents[2] / "benchmarks"
 
@@ -48,6 +49,97 @@ def test_every_case(script, capsys):
     assert "WRONG" not in out
     ran = {line.rsplit(": ran", 1)[0] for line in out.splitlines() if ": ran" in line}
     assert {f"{case}, {step}" for case, step in script.TARGETS} <= ran
+
+
+@pytest.mark.parametrize("tokens", [577, 1025])
+def test_masks_keep_what_they_are_named_after(script, monkeypatch, tokens):
+    bench, shape = script.Bench(torch.device("cpu"), 1.0), script.SHAPES[f"DeiT-S {tokens}"]
+    seen = []
+    for percent in (50, 75, 90):
+        mask = script.random_mask(bench, shape, percent / 100)
+        kept = float(mask.to_dense().double().mean())
+        assert kept == pytest.approx(1 - percent / 100, abs=0.02)
+        assert mask.keep[:, -1].all(), "CLS sees all"
+        assert mask.keep[:, :, -1].all(), "and is seen by all"
+        assert mask.keep.diagonal(dim1=1, dim2=2).all()
+        seen.append(kept)
+    assert seen[0] > seen[1] + 0.1 > seen[2] + 0.2
+    monkeypatch.setattr(script, "DENSITY_TOLERANCE", 1e-6)
+    with pytest.raises(ValueError, match=f"DeiT-S {tokens}: a mask for 75% pruned keeps 0.25"):
+        script.random_mask(bench, shape, 0.75)
+
+
+@pytest.fixture
+def counted(script, monkeypatch):
+    """FlexAttention through a backend that counts the graphs and runs them as they are, at most two of them.
+
+    The function makes the case of a length and gives the graphs that it compiled and the names of its good peers.
+    """
+    import kernel_peers
+
+    from efftrain_ds.kernels.attention import BlockMask
+
+    compiled, graphs = torch.compile, []
+    monkeypatch.setattr(
+        kernel_peers.torch,
+        "compile",
+        lambda f, **more: compiled(f, **more, backend=lambda graph, _: graphs.append(1) or graph.forward),
+    )
+    # its backward is not there on a CPU: what compiles is looked at, not the numbers
+    monkeypatch.setattr(kernel_peers.Alternative, "errors", lambda self: {"out": 0.0 * self.forward(0).sum().item()})
+
+    def case(bench, tokens):
+        keep = torch.eye(-(-tokens // 64), dtype=torch.bool)[None]
+        inputs = kernel_peers.Inputs((1, tokens, 1, 8), torch.float32, bench.device, BlockMask(keep, tokens, tokens), 1)
+        inputs.separate = [(tuple(x.detach() for x in leaves), dout) for leaves, dout in inputs.separate]
+        peers = kernel_peers.flex_peers(inputs)
+        before = len(graphs)
+        good = script.correct(bench, f"{tokens} tokens", peers, torch.float32)
+        return len(graphs) - before, [alternative.name for alternative in good]
+
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(recompile_limit=2):
+        yield case
+    torch._dynamo.reset()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_peer_that_is_not_compiled_is_dropped_and_each_case_starts_afresh(script, counted):
+    bench, both = script.Bench(torch.device("cpu"), 1.0), ["FlexAttention 64", "FlexAttention 128"]
+    assert counted(bench, 65) == (2, both)
+    assert bench.notes == []
+    assert counted(bench, 129) == (0, []), "past the limit of recompilations"
+    assert bench.notes[0].startswith("129 tokens, FlexAttention 64: FailOnRecompileLimitHit")
+    found = []
+    bench.guarded("129 tokens", lambda: found.append(counted(bench, 129)))
+    assert found == [(2, both)]
+    assert len(bench.notes) == 2
+
+
+def test_clock_of_the_gpu(script):
+    command = "import time\nfor mhz in ('n/a', 1500, 1980, 1700): print(mhz, flush=True); time.sleep(0.02)"
+    begin = script.time.monotonic()
+    clocks = script.Clocks([sys.executable, "-c", command])
+    clocks.reader.join(20)
+    assert clocks.since(begin) == [1500, 1980]
+    assert clocks.since(script.time.monotonic()) == [1700, 1700], "the last one before"
+    clocks.close()
+    assert script.watch(torch.device("cpu")) is None
+
+
+def test_crop_of_other_layouts_is_compared_too(script, monkeypatch, capsys):
+    import kernel_peers
+
+    right = kernel_peers.lowfreq_crop
+
+    def wrong(x, *args, **more):
+        return right(x, *args, **more) * (1 if x.is_contiguous() else 1.05)
+
+    monkeypatch.setattr(kernel_peers, "lowfreq_crop", wrong)
+    assert script.main(["--dry", "--only", "crop 224 to 96"]) == 1
+    out = capsys.readouterr().out
+    assert "crop 224 to 96, 2 images, HWC, ours: WRONG, error 5" in out
+    assert "4 rows, 1 failures" in out
 
 
 def test_wrong_variants_are_not_timed(script, monkeypatch, capsys):
@@ -127,6 +219,7 @@ def pretended_gpu(script, monkeypatch, tmp_path):
     monkeypatch.setattr(common, "environment", dict)
     monkeypatch.setattr(script, "cases", cases)
     monkeypatch.setattr(script, "gpu", lambda device: {"device": str(device)})
+    monkeypatch.setattr(script, "watch", lambda device: None)
     monkeypatch.setattr(script.Bench, "measure_ceilings", lambda bench: None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from efftrain_ds.kernels import runtime
 from efftrain_ds.kernels.lowfreq_crop import crop_matrix, lowfreq_crop, resample, self_test
 from efftrain_ds.kernels.lowfreq_crop.fused import crop_op
 from efftrain_ds.kernels.lowfreq_crop.reference import fourier_crop
@@ -199,6 +200,16 @@ def test_kept_and_reread_operand_agree():
     torch.testing.assert_close(
         launched(x, (66, 18), resident=True), launched(x, (66, 18), resident=False), rtol=0, atol=0.05
     )
+
+
+def test_forms_of_the_architectures():
+    from efftrain_ds.kernels.lowfreq_crop import triton_fwd
+
+    x = torch.zeros(1, 3, 224, 224, dtype=torch.uint8)
+    for capability, wide in (((8, 9), False), ((9, 0), True), ((10, 0), True), ((12, 0), False), ((13, 0), False)):
+        arch = runtime.architecture(capability)
+        assert triton_fwd.keeps(x, arch) is wide
+        assert triton_fwd.options(arch)["num_warps"] == (4 if wide else 8)
 
 
 def test_no_images():

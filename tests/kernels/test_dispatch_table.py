@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 
+from efftrain_ds.kernels import runtime
 from efftrain_ds.kernels.attention import Launch, lookup, table
 
 CPU = torch.device("cpu")
@@ -23,7 +24,7 @@ def fresh(tmp_path, monkeypatch):
 
 def test_every_key_has_an_entry_whose_kernels_take_its_length():
     found = list(table.keys())
-    assert len(found) == 4 * 4 * 4 * 4 * 2 == len(set(found))
+    assert len(found) == len(runtime.ARCHITECTURES) * 4 * 4 * 4 * 2 == len(set(found))
     for key in found:
         entry = table.resolve(key, table.shipped_rows())
         for launch in (entry.forward, entry.backward):
@@ -43,6 +44,30 @@ def test_unknown_gpu_finds_the_default(monkeypatch):
     for dtype in table.DTYPES:
         for dim in table.HEAD_DIMS:
             assert lookup(CPU, dtype, dim, 100, 3000).origin == "shipped"
+
+
+def test_architectures_of_compute_capabilities():
+    classes = {
+        "sm_80": [(8, 0), (8, 7)],
+        "sm_89": [(8, 6), (8, 9), (12, 0), (12, 1)],
+        "sm_90": [(9, 0)],
+        "sm_100": [(10, 0), (10, 3)],
+        "default": [(11, 0), (13, 0)],
+    }
+    assert set(classes) == set(runtime.ARCHITECTURES)
+    for name, members in classes.items():
+        assert [runtime.architecture(member) for member in members] == [name] * len(members)
+
+
+def test_blackwell_for_workstations_is_treated_as_ada(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index=0: (12, 0))
+    monkeypatch.setattr(table, "_device_name", lambda *_: "GPU")
+    table.architecture.cache_clear()
+    try:
+        found = lookup(torch.device("cuda", 3), torch.bfloat16, 64, 577, 577, sparse=True)
+    finally:
+        table.architecture.cache_clear()
+    assert found == table.resolve(table.Key("sm_89", "bf16", 64, "list", True), table.shipped_rows())
 
 
 def test_long_sequences_prefer_sdpa_without_a_mask_only():

@@ -72,7 +72,7 @@ def test_shipped_kernels_quick():
 
 @pytest.mark.slow
 @pytest.mark.timeout(2500)
-@pytest.mark.parametrize("capability", [80, 89, 90])
+@pytest.mark.parametrize("capability", [80, 89, 90, 100, 120])
 def test_shipped_kernels(capability):
     code, rows = gate("--capability", str(capability), timeout=2400)
     assert violations(rows) == {}
@@ -122,6 +122,7 @@ def test_table_is_covered():
     # listed where kernels are compiled ones; what needs no compilation is checked here
     from efftrain_ds.kernels.attention import shipped, table
     from efftrain_ds.kernels.attention.resident import key_pieces, supports
+    from efftrain_ds.kernels.runtime import architecture
 
     keys = [key for key in table.keys(shipped.CAPABILITIES) if key.dtype in shipped.DTYPES]
     for key in keys:
@@ -129,10 +130,13 @@ def test_table_is_covered():
             for tokens in shipped.lengths(key):
                 assert table.bucket(tokens, tokens) == key.length
                 if shipped.chosen(key, side, tokens).kernel == "resident":
-                    version = divmod(shipped.CAPABILITIES[key.arch], 10)
+                    version = divmod(shipped.CAPABILITIES[key.arch][0], 10)
                     dtype = torch.bfloat16 if key.dtype == "bf16" else torch.float16
                     reason = supports(key.head_dim, tokens, tokens, dtype, version, backward=side == "backward")
                     assert reason is None
+    for arch, capabilities in shipped.CAPABILITIES.items():
+        unknown = arch == "default"  # compiled for one with the least memory
+        assert unknown or {architecture(divmod(n, 10)) for n in capabilities} == {arch}
     lengths = {n for length in table.LENGTHS[:3] for n in shipped.lengths(table.Key("sm_90", "bf16", 64, length, True))}
     assert {key_pieces(n) for n in lengths} == {key_pieces(n) for n in range(1, 257)}
     preferred = [key for key in keys if table.resolve(key, table.shipped_rows()).prefer == "kernel"]

@@ -53,5 +53,21 @@ def test_wrong_results_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(package, "attention", lambda qkv, mask: right(qkv, mask) * 1.1, raising=False)
     lines: list[str] = []
     rows = bench.compare(torch.device("cpu"), torch.float32, 128, lines.append, (bench.Shape(2, 20, 0.0),), (), **CHEAP)
-    assert not rows[0]["correct"]
-    assert lines[-1].endswith("WRONG RESULT")
+    assert rows == [{"name": "attention fwd+bwd, 2 x 20 tokens", "correct": False, "us": {}}], "it is not timed"
+    assert lines[-1].endswith("WRONG RESULT, not timed")
+
+
+def test_wrong_peers_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    from efftrain_ds.kernels.lowfreq_crop import reference
+
+    monkeypatch.setenv("EFFTRAIN_KERNELS", "reference")
+    right = reference.matmul_crop
+    crops = ((2, 32, 16),)
+    monkeypatch.setattr(
+        reference,
+        "matmul_crop",
+        lambda x, size, **how: right(x, size, **how) * (1.1 if how["out_dtype"] == torch.bfloat16 else 1),
+    )
+    rows = bench.compare(torch.device("cpu"), torch.float32, 128, lambda text: None, (), crops, **CHEAP)
+    assert set(rows[0]["us"]) == {"ours", "interpolate"}
+    assert rows[0]["correct"]

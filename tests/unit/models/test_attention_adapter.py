@@ -225,6 +225,21 @@ def test_routes_follow_the_sparsity():
     assert set(update_routes(model).values()) == {"sdpa"}, "the weights' fp32: the kernels are not made for it"
 
 
+def test_dense_masks_start_on_sdpa():
+    sparse = BlockMask(torch.eye(10, dtype=torch.bool)[None], 577, 577)
+    masks = {"blocks.0.attn": BlockMask.full(1, 577, 577), "blocks.1.attn": sparse}
+    for dtype in (torch.float32, torch.bfloat16):  # fp32 weights are cast later by most runs: judged as 16-bit ones
+        model = vit().to(dtype)
+        use_block_attention(model, masks)
+        assert [block.attn.attention_route for block in model.blocks] == ["sdpa", "auto"]
+    use_block_attention(model, {"blocks.0.attn": sparse})
+    assert [block.attn.attention_route for block in model.blocks] == ["auto", "auto"]
+    with torch.device("meta"):
+        model = vit()
+        use_block_attention(model, {"blocks.0.attn": BlockMask.full(1, 577, 577)})  # nothing to read
+    assert model.blocks[0].attn.attention_route == "auto"
+
+
 def test_macs_are_counted():
     plain, ours = vit(), vit()
     use_block_attention(ours)
