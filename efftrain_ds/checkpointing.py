@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
@@ -171,18 +171,26 @@ class Checkpointing:
                 goes on while threads wait for the disk (no copy). `finish_saving`, the next save or the next load tells
                 how it went.
             form: "efftrain", or "deepspeed" for DeepSpeed's own files, for interchange only: they are pickles, nothing
-                checks them on load, and they fit one world size and ZeRO stage.
+                checks them on load, and they fit one world size and ZeRO stage. Not together with `keep` or
+                `background`.
 
         Raises:
-            CheckpointError: writing failed, or accumulation is in flight; or the save before, in the background, had
-                failed: this one is then written (or begun) all the same.
+            CheckpointError: on all ranks: writing failed on some of them, or accumulation is in flight; or the save
+                before, in the background, had failed: this one is then written (or begun) all the same.
         """
         if exclude_frozen_parameters:
             raise CheckpointError("save_checkpoint: exclude_frozen_parameters=True is not supported")
         _check_form(form)
+        given = {"keep": keep is not None, "background": bool(background)}
+        if form == "deepspeed" and any(given.values()):
+            raise CheckpointError(
+                f"save_checkpoint: found {' and '.join(k for k, v in given.items() if v)} together with "
+                'form="deepspeed", which neither deletes older checkpoints nor writes in the background; allowed: '
+                "keep=None, background=False"
+            )
         if self._in_flight:
             raise CheckpointError("a checkpoint can be saved only between optimizer steps (accumulation is in flight)")
-        with self.guard.phase("checkpoint") if self.guard is not None else nullcontext():
+        with self._checkpoint_phase():
             self._save(save_dir, tag, client_state, save_latest, keep, background, form)
         return True
 
@@ -229,14 +237,36 @@ class Checkpointing:
     def finish_saving(self) -> None:
         """Wait for a checkpoint that is written in the background, if there is one. Collective.
 
-        Must be called before the process ends, where the last save was one in the background.
+        To be called at the end of a loop, where the last save was one in the background: only then is it said whether
+        that has succeeded. A process that ends without it waits, too, but for ranks that are gone not for long.
 
         Raises:
             CheckpointError: on all ranks, where writing it failed on some; earlier checkpoints are untouched.
         """
+        saving = self._saving
+        if saving is None:
+            return
+        try:
+            with self._checkpoint_phase():
+                store.finish(saving)
+        except CheckpointError:
+            self._saving = None
+            raise
+        self._saving = None  # not where the connection to another rank was lost: `leave_saving` sees to it then
+
+    def leave_saving(self) -> None:
+        """Before this process ends by an error: complete a checkpoint that is written in the background.
+
+        Not collective, and it raises nothing: other ranks may be gone, and are not waited for longer than this rank's
+        own part has taken (5 s at least). What goes wrong is logged.
+        """
         saving, self._saving = self._saving, None
         if saving is not None:
-            store.finish(saving)
+            with self._checkpoint_phase():
+                saving.leave()
+
+    def _checkpoint_phase(self) -> AbstractContextManager[None]:
+        return self.guard.phase("checkpoint") if self.guard is not None else nullcontext()
 
     def load_checkpoint(
         self,

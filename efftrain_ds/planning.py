@@ -18,6 +18,7 @@ from .config.loader import LoadedConfig, build_methods
 from .config.sections import DataConfig
 from .core.errors import ModelError, PlanError
 from .core.method import Method
+from .core.redact import redacted
 from .core.registry import get_method
 from .core.text import short_settings
 from .core.timeline import PlanSpec, Schedule, Stage, Timeline, merge_timelines
@@ -54,6 +55,7 @@ def data_facts(config: LoadedConfig, samples: int | None = None) -> DataFacts:
         ShardError: a manifest is there but damaged.
     """
     data, model = config.efftrain.data, config.efftrain.model
+    shown = redacted(data.train)
     found, names = bundled.samples(data.train), bundled.classes(data.train)
     if data.labels is not None:
         names = label_set(data.labels.target, "efftrain.data.labels.target").synsets
@@ -67,16 +69,15 @@ def data_facts(config: LoadedConfig, samples: int | None = None) -> DataFacts:
         found, names = manifest.kept, manifest.classes
     if names and model.num_classes is not None and model.num_classes < len(names):
         raise PlanError(
-            f"efftrain.model.num_classes is {model.num_classes}, but {data.train} has {len(names)} classes; "
+            f"efftrain.model.num_classes is {model.num_classes}, but {shown} has {len(names)} classes; "
             "efftrain.data.labels maps them to others"
         )
     if found is not None and data.samples is not None and found != data.samples:
-        raise PlanError(f"efftrain.data.samples is {data.samples}, but {data.train} holds {found} samples")
+        raise PlanError(f"efftrain.data.samples is {data.samples}, but {shown} holds {found} samples")
     count = next((n for n in (samples, found, data.samples) if n is not None), None)
     if count is None and config.efftrain.run.steps is None:
         raise PlanError(
-            f'efftrain.data.samples: not given, and "{data.train}" (efftrain.data.train) has no {MANIFEST} '
-            "to count from"
+            f'efftrain.data.samples: not given, and "{shown}" (efftrain.data.train) has no {MANIFEST} to count from'
         )
     return DataFacts(count or 0, model.num_classes or (len(names) if names else None))
 
@@ -196,8 +197,8 @@ class _ModelCost:
         """Size of the head."""
         if self.num_classes is None:
             raise PlanError(
-                f"efftrain.model.num_classes: not given, and {self.config.efftrain.data.train!r} (efftrain.data.train) "
-                "does not say how many classes it has"
+                f"efftrain.model.num_classes: not given, and {redacted(self.config.efftrain.data.train)!r} "
+                "(efftrain.data.train) does not say how many classes it has"
             )
         return self.num_classes
 

@@ -11,6 +11,7 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
 from torch import nn
 
 from .config.loader import LoadedConfig, build_methods, load_config
@@ -45,6 +46,21 @@ def _resolve_config(args: Any, config: Any, config_params: Any) -> tuple[Any, An
 
 def _world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def _join(args: Any, distributed_port: int, dist_init_required: bool | None) -> None:
+    """Join the process group as `deepspeed.initialize` would, but before methods prepare the model: what rank 0 makes
+    for all, or one rank alone cannot do, they must be able to tell each other."""
+    accelerator = get_accelerator()
+    if not dist.is_initialized():
+        deepspeed.init_distributed(
+            dist_backend=accelerator.communication_backend_name(),
+            distributed_port=distributed_port,
+            dist_init_required=dist_init_required,
+        )
+    place = getattr(args, "device_rank", os.environ.get("LOCAL_RANK"))
+    if place is not None and int(place) >= 0 and accelerator.device_name() != "cpu":
+        accelerator.set_device(int(place))  # as the engine will; collectives of objects use the current device
 
 
 def initialize(
@@ -85,7 +101,7 @@ def initialize(
         guard: watch the run as ``efftrain.guard`` says; None = where a method is configured or that key is given.
 
     Raises:
-        ConfigError: the configuration is wrong. Nothing was started.
+        ConfigError: the configuration is wrong.
         PlanError: the plan cannot run.
         ModelError: a method cannot take this model.
     """
@@ -101,6 +117,8 @@ def initialize(
         _check_rebuildable(optimizer, lr_scheduler, mpu)
         original = make_blueprint(model)
         groups = GroupPlan.of(model, model_parameters)
+    if chosen:
+        _join(args, distributed_port, dist_init_required)
     for method in chosen:
         model = method.prepare_model(model)
     common = {

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .core.errors import CheckpointError
+from .core.redact import redacted
 from .core.timeline import Schedule
 
 _PAST = "it has shaped the steps so far"
@@ -40,7 +41,7 @@ class Change:
     reason: str = ""
 
     def __str__(self) -> str:
-        text = f"{self.key}: {_short(self.old)} -> {_short(self.new)}"
+        text = f"{self.key}: {_short(redacted(self.old))} -> {_short(redacted(self.new))}"
         return f"{text} ({self.reason})" if self.reason else text
 
 
@@ -66,7 +67,8 @@ def compare(
     """
     same_past = past is None or _plain(past) == _plain(past_stages(schedule, step))
     found = []
-    a, b = dict(_flat(old)), dict(_flat(new))
+    # without secrets: a new token is no change, and what the data is, the loader knows by the manifest's hash
+    a, b = dict(_flat(redacted(dict(old)))), dict(_flat(redacted(dict(new))))
     for key in sorted({*a, *b}):
         before, after = a.get(key, "not given"), b.get(key, "not given")
         if before == after:

@@ -9,11 +9,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from .config.loader import LoadedConfig
+from .core.best_effort import BestEffort
 from .core.context import Context
 from .core.errors import ConfigError
+from .core.files import write_whole
 from .core.method import Method
 from .core.ranks import agree
 from .core.redact import redacted
@@ -34,7 +37,10 @@ _SHOWN = (
 
 
 class RunLogs:
-    """The files of one run. Only rank 0 writes, and nothing is written while measuring.
+    """The files of one run, without the secrets of URLs and commands. Only rank 0 writes, and not while measuring.
+
+    Once the run has begun, nothing here ends it: where the disk is full, what cannot be written is left out with one
+    warning.
 
     Args:
         config: the loaded file.
@@ -51,6 +57,7 @@ class RunLogs:
         self.board: Boards | None = None
         self._write, self._enabled = write, write and rank == 0
         self._train_seconds = train_seconds
+        self._pictures, self._plan = BestEffort("pictures"), BestEffort("plans")
 
     def open(self, plan: PricedPlan, *, step: int, resumed: str | None, changes: list[str]) -> None:
         """Open everything at the start of a run. Collective.
@@ -64,15 +71,15 @@ class RunLogs:
         Raises:
             ConfigError: the output folder cannot be written, or Weights & Biases refuses.
         """
-        document = json.dumps(self.config.resolved(), indent=1)
+        document = json.dumps(redacted(self.config.resolved()), indent=1)
         problem = None
         facts: dict[str, Any] = {"argv": redacted(sys.argv), "torch": torch.__version__, "world": self.world}
         try:
             if self._enabled:
                 self.output.mkdir(parents=True, exist_ok=True)
-                (self.output / "config.json").write_text(document + "\n")
+                write_whole(self.output / "config.json", document + "\n")
                 facts |= environment()
-            self.write_plan(plan)
+                self._put_plan(plan)
             self.journal = Journal(self.output / "journal.jsonl", enabled=self._enabled)
         except OSError as error:
             problem = f"efftrain.run.output: {self.output} cannot be written ({error})"
@@ -92,13 +99,12 @@ class RunLogs:
         self.board = Boards(boards)
         if self._enabled:
             self.board.text("plan", json.dumps(plan.to_dict(), indent=1), step)
-            self.board.text("config", redacted(document), step)
+            self.board.text("config", document, step)
 
     def _wandb(self, settings: dict[str, Any], resumed: bool) -> WandB | None:
         found, problem = None, None
         try:
-            shown = redacted(self.config.resolved())
-            found = WandB(self.output, **settings, config=shown, rank=self.rank, resumed=resumed)
+            found = WandB(self.output, **settings, config=self.config.resolved(), rank=self.rank, resumed=resumed)
         except Exception as error:  # wandb has many of its own
             problem = str(error)
         agree(problem, ConfigError)
@@ -126,17 +132,28 @@ class RunLogs:
         for method in methods:
             try:
                 for tag, picture in method.pictures(ctx).items():
-                    pixels = picture.permute(1, 2, 0).contiguous().cpu().numpy()
-                    if self.board is not None:
-                        self.board.image(tag, pixels, step)
-                    save_png(pixels, self.output / "pictures" / f"{tag.replace('/', '-')}-step-{step:08d}.png")
+                    self.picture(tag, picture.permute(1, 2, 0).contiguous().cpu().numpy(), step)
             except Exception as error:  # one rank alone must not leave the run over a picture
                 _logger.warning("no picture of %s at step %d: %s: %s", method.name, step, type(error).__name__, error)
+
+    def picture(self, tag: str, pixels: np.ndarray, step: int, name: str | None = None) -> None:
+        """One picture [H, W, 3] uint8, for the boards and as ``pictures/<name or tag>-step-<step>.png``; of rank 0."""
+        if not self._enabled:
+            return
+        if self.board is not None:
+            self.board.image(tag, pixels, step)
+        path = self.output / "pictures" / f"{name or tag.replace('/', '-')}-step-{step:08d}.png"
+        with self._pictures(path):
+            save_png(pixels, path)
 
     def write_plan(self, plan: PricedPlan) -> None:
         """Keep the plan as it is now: a search may have chosen other stages than were assumed."""
         if self._enabled:
-            (self.output / "plan.json").write_text(json.dumps(plan.to_dict(), indent=1) + "\n")
+            with self._plan(self.output / "plan.json"):
+                self._put_plan(plan)
+
+    def _put_plan(self, plan: PricedPlan) -> None:
+        write_whole(self.output / "plan.json", json.dumps(redacted(plan.to_dict()), indent=1) + "\n")
 
     def close(self) -> None:
         """Close all files."""

@@ -18,6 +18,7 @@ from .config.loader import LoadedConfig
 from .core.durations import parse_duration
 from .core.errors import CheckpointError
 from .core.ranks import agree, text_of, world_size
+from .core.redact import redacted
 from .core.timeline import Schedule
 from .train_changes import Change, check, compare, past_stages
 
@@ -110,7 +111,7 @@ class Saver:
         try:
             client = {
                 "past": past_stages(self.schedule, step),
-                "config": json.dumps(self.config.resolved()),
+                "config": json.dumps(redacted(self.config.resolved())),
                 **self._client(),
             }
             background = False if required else self.settings.background
@@ -127,6 +128,10 @@ class Saver:
             self.seconds = self._last - start
         self._record("checkpoint", step=step, seconds=self.seconds, background=background)
         return True
+
+    def leave(self) -> None:
+        """At the end of a run, however it ends: see a save in the background through, if there is one left."""
+        self.engine.leave_saving()
 
     def _failed(self, error: CheckpointError) -> None:
         self._warn(f"checkpoint not saved, the run goes on: {error}")

@@ -10,37 +10,36 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from .checkpoint.reader import AVERAGE, Checkpoint
 from .checkpoint.survey import newest
 from .config.loader import LoadedConfig, build_methods
-from .core.errors import CheckpointError, ConfigError
+from .core.errors import ConfigError
 from .core.ranks import from_first
 from .data.augment.chain import normalize
 from .data.evaluation import EvalLoader
 from .data.manifest import Manifest
-from .data.remote import open_data
 from .methods.elasticvit.bank import MemoryBank
 from .methods.elasticvit.calibrate import batch_norms
 from .methods.elasticvit.config import KEY, ElasticViTConfig, levels_of
 from .methods.elasticvit.levels import macs_text, shape_text
-from .methods.elasticvit.search import Labelled, Scorer, Search, from_first_only, latency_of, limits_of
-from .models.adapters import create_model
+from .methods.elasticvit.search import Labelled, Scorer, Search, from_first_only, latency_of, limits_of, on_every_rank
 from .models.elastic import save_extracted
-from .models.elastic.named import space_of
 from .observe.console import Console
 from .observe.report.figures import to_png
 from .observe.report.subnets import RESULT, TABLE, FoundSubnet, pareto_figure
 from .observe.tensorboard import TensorBoard
-from .planning import held_out_data, with_labels
+from .planning import held_out_data
 from .train_setup import start_processes
+from .train_supernets import load_supernet, opened, space_of_run
 
 logger = logging.getLogger(__name__)
 
@@ -63,34 +62,6 @@ def check_subnet_search(config: LoadedConfig) -> ElasticViTConfig:
         )
     build_methods(config)
     return settings
-
-
-def load_supernet(config: LoadedConfig, found: Checkpoint, num_classes: int, *, average: bool) -> nn.Module:
-    """The supernet of a configuration with the weights of a checkpoint, frozen, in evaluation mode, on the host.
-
-    Args:
-        config: the loaded file.
-        found: the checkpoint.
-        num_classes: of the run.
-        average: take the average of the weights.
-
-    Raises:
-        CheckpointError: its parameters are others, or it has no average.
-    """
-    model, resolution = config.efftrain.model, config.efftrain.data.resolution
-    net = create_model(model.name, resolution=resolution, num_classes=num_classes, **model.kwargs)
-    own = {name: list(parameter.shape) for name, parameter in net.named_parameters()}
-    stored = found.shapes | found.frozen
-    wrong = sorted(name for name in {*own, *stored} if own.get(name) != stored.get(name))
-    if wrong:
-        raise CheckpointError(
-            f"{found.folder}: {wrong[0]} is {stored.get(wrong[0])}, {model.name} of this configuration has "
-            f"{own.get(wrong[0])}"
-        )
-    with torch.no_grad():
-        for name, parameter in net.named_parameters():
-            parameter.copy_(found.parameter(name, average=average))
-    return net.requires_grad_(False).eval()
 
 
 class SubnetSearch:
@@ -118,25 +89,26 @@ class SubnetSearch:
         if self.world > 1 and self.search.latency is not None and self.search.latency_from == "onnxruntime":
             raise ConfigError(
                 f'{KEY}.search.latency_from: "onnxruntime" measures on one rank, for which the other '
-                f"{self.world - 1} would wait too long; run the search on one rank, or measure a table first and name "
-                "its JSON file"
+                f"{self.world - 1} would wait too long; run the search on one rank, or measure a table first "
+                '("efftrain search subnet FILE --measure_latency TABLE") and name that file'
             )
         self.console = Console(self.rank)
+        self.config = config
         run_folder = Path(section.run.output)
         self.folder = Path(output) if output is not None else run_folder / "search"
-        self.found = Checkpoint(newest(Path(checkpoint) if checkpoint is not None else run_folder))
-        data = section.data
-        self._remote = {"cache_dir": data.cache_dir, "cache_gb": data.cache_gb, "allow_pipe": data.allow_pipe}
-        self.config = config
-        train = self._open(data.train)
-        num_classes = section.model.num_classes or len(train.classes)
-        space = space_of(section.model.name, section.model.kwargs, num_classes)
-        if space is None:
-            raise ConfigError(f"efftrain.model.name: {section.model.name} is no supernet")
-        self.space, self.num_classes = space, num_classes
-        self.levels = levels_of(self.settings, space)
+        on_every_rank(lambda: self._load(Path(checkpoint) if checkpoint is not None else run_folder))
+
+    # -- parts ---------------------------------------------------------------------------------------------------
+
+    def _load(self, source: Path) -> None:
+        """Checkpoint, space, supernet and images of this rank."""
+        section = self.config.efftrain
+        self.found = Checkpoint(newest(source))
+        train = opened(self.config, section.data.train)
+        self.space, self.num_classes = space_of_run(self.config, train)
+        self.levels = levels_of(self.settings, self.space)
         self.average = AVERAGE in self.found.keys if self.search.average is None else self.search.average
-        self.net = load_supernet(config, self.found, num_classes, average=self.average).to(self.device)
+        self.net = load_supernet(self.config, self.found, self.num_classes, average=self.average).to(self.device)
         if not self.search.calibrate and batch_norms(self.net):
             raise ConfigError(
                 f"{KEY}.search.calibrate: 0, but {section.model.name} has batch normalisation, whose statistics are of "
@@ -144,14 +116,6 @@ class SubnetSearch:
             )
         calibration, images = self._images(train)
         self.scorer = Scorer(self.net, self.ready, calibration, images)
-
-    # -- parts ---------------------------------------------------------------------------------------------------
-
-    def _open(self, where: str, *, held_out: bool = False, whole: bool = False) -> Manifest:
-        """Shards with the run's labels; `whole` leaves nothing out for an evaluation."""
-        data = self.config.efftrain.data
-        data = data.model_copy(update={"hold_out": None}) if whole else data
-        return with_labels(open_data(where, **self._remote), data, held_out=held_out)
 
     def _loader(self, manifest: Manifest, limit: int | None, *, shared: bool) -> EvalLoader:
         """Images as in an evaluation: this rank's, or all of them on every rank."""
@@ -187,9 +151,9 @@ class SubnetSearch:
                 every[~for_norms], labels[~for_norms]
             )
         if self.search.data is not None:
-            other = self._open(self.search.data, whole=True)
+            other = opened(self.config, self.search.data, whole=True)
         else:
-            other = self._open(self.config.efftrain.data.train, held_out=True)
+            other = opened(self.config, self.config.efftrain.data.train, held_out=True)
         self._enough(train, wanted, f"calibrate {wanted}")
         self._enough(other, compared, f"images {compared}")
         return self._batches(*self._read(train, wanted)), self._batches(*self._read(other, compared))
@@ -204,11 +168,10 @@ class SubnetSearch:
         """`count` images of a data set, evenly spaced, without those that cannot be read."""
         images, labels = [torch.empty(0, dtype=torch.uint8)], [torch.empty(0, dtype=torch.long)]
         if count:
-            loader = self._loader(manifest, count, shared=False)
-            for batch in loader:
-                images.append(batch.images[batch.valid])
-                labels.append(batch.labels[batch.valid])
-            loader.close()
+            with closing(self._loader(manifest, count, shared=False)) as loader:
+                for batch in loader:
+                    images.append(batch.images[batch.valid])
+                    labels.append(batch.labels[batch.valid])
         return torch.cat(images[1:] or images), torch.cat(labels)
 
     def _batches(self, images: Tensor, labels: Tensor) -> list[Labelled]:
@@ -239,7 +202,7 @@ class SubnetSearch:
 
     def labelled(self, where: str) -> list[Labelled]:
         """All images of some shards, in memory, loaded as in an evaluation."""
-        manifest = self._open(where, held_out=True, whole=True)
+        manifest = opened(self.config, where, held_out=True, whole=True)
         return self._batches(*self._read(manifest, manifest.kept))
 
     def _seeds(self) -> list[Any]:
@@ -263,7 +226,7 @@ class SubnetSearch:
         config, found, formula = self.search, self.found, self.levels.formula
         origin = self._origin()
         # measured latencies are asked for on one rank only
-        limits = from_first_only(lambda: limits_of(config, self.space, formula, self.folder)) or []
+        limits = from_first_only(lambda: limits_of(config, self.space, formula, self.folder, self.net)) or []
         searched = Search(
             config,
             self.space,
@@ -281,11 +244,13 @@ class SubnetSearch:
             f"{self.world} rank{'s' * (self.world > 1)}"
             + (f"; going on behind {searched.resumed:,} evaluations" if searched.resumed else "")
         )
+        for limit in limits:
+            if limit.about:
+                self.console.write(f"latency  {limit.about}")
         best = searched.run()
         score = searched.scores.get(best)
-        latency = from_first(lambda: latency_of(config, self.space, limits, best))
-        self.scorer.prepare(best)
-        held_out = self._held_out()
+        latency = from_first(lambda: latency_of(config, self.space, limits, best, self.net))
+        held_out = self._held_out(best)
         result = {
             "space": self.space.to_dict(),
             "config": best.to_dict(),
@@ -323,15 +288,25 @@ class SubnetSearch:
             "latency_from": config.latency_from if config.latency is not None else None,
         }
 
-    def _held_out(self) -> dict[str, float]:
-        """The winner, as it is set, on images that had no part in the search; empty without any. Collective."""
+    def _held_out(self, best: Any) -> dict[str, float]:
+        """The winner on images that had no part in the search; empty without any. It stays set. Collective."""
+        sums = on_every_rank(lambda: self._judge(best))
+        if sums is None:
+            return {}
+        if self.world > 1:
+            dist.all_reduce(sums)
+        return {"val_top1": float(sums[0] / sums[2]), "val_loss": float(sums[1] / sums[2])}
+
+    def _judge(self, best: Any) -> Tensor | None:
+        """(right, sum of losses, images) of this rank's share of the held-out images; None without any."""
+        self.scorer.prepare(best)
         data = self.config.efftrain.data
         where = held_out_data(data)
         if where is None or (data.hold_out is not None and self.search.data is None):
-            return {}
-        loader = self._loader(self._open(where, held_out=True), None, shared=True)
+            return None
         sums = torch.zeros(3, dtype=torch.float64, device=self.device)
-        with torch.no_grad():
+        manifest = opened(self.config, where, held_out=True)
+        with closing(self._loader(manifest, None, shared=True)) as loader, torch.no_grad():
             for batch in loader:
                 keep = batch.valid
                 if not keep.any():
@@ -341,10 +316,7 @@ class SubnetSearch:
                 sums[0] += (logits.argmax(1) == labels).sum()
                 sums[1] += torch.nn.functional.cross_entropy(logits, labels, reduction="sum").double()
                 sums[2] += len(labels)
-        loader.close()
-        if self.world > 1:
-            dist.all_reduce(sums)
-        return {"val_top1": float(sums[0] / sums[2]), "val_loss": float(sums[1] / sums[2])}
+        return sums
 
     def _write(self, table: list[dict[str, Any]], best: Any, result: dict[str, Any]) -> None:
         net = self.space.extract(self.net.cpu(), best).eval()

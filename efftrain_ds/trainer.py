@@ -17,6 +17,7 @@ import torch.distributed as dist
 from .config.loader import LoadedConfig
 from .core import faults
 from .core.batch import Batch
+from .core.best_effort import BestEffort
 from .core.errors import CheckpointError, Preempted
 from .core.timeline import Stage
 from .cost.plan import PricedPlan
@@ -34,7 +35,7 @@ from .observe.console import (
     start_block,
 )
 from .observe.meters import Chrono, StepMeter
-from .observe.pictures import batch_picture, save_png, zoomed
+from .observe.pictures import batch_picture, zoomed
 from .planning import make_plan, measured_throughput, outcomes, time_left
 from .train_eval import evaluate
 from .train_logs import RunLogs
@@ -506,9 +507,8 @@ class Trainer:
             original.cpu(), batch.images[: len(original)].detach().float().cpu(), data.mean, data.std
         )
         picture = zoomed(picture, original.shape[-1])
-        if self.logs is not None and self.logs.board is not None:
-            self.logs.board.image("batch/original_seen_spectrum", picture, step)
-        save_png(picture, self.output / "pictures" / f"batch-step-{step:08d}.png")
+        if self.logs is not None:
+            self.logs.picture("batch/original_seen_spectrum", picture, step, "batch")
 
     # -- the end -----------------------------------------------------------------------------------------------
 
@@ -523,7 +523,8 @@ class Trainer:
         stages = outcomes(self.plan, self.meter)
         others = {name: seconds for name, seconds in self.chrono.seconds.items() if name != "train" and seconds > 0.05}
         self.console.write(final_table(stages, others))
-        self._store_throughput()
+        with BestEffort("step times")(self.output / "throughput.json"):
+            self._store_throughput()
         self._record(
             "end",
             **self.results,
@@ -538,6 +539,7 @@ class Trainer:
         )
 
     def _close(self) -> None:
+        self.saver.leave()  # an error may have come while a checkpoint was being written in the background
         self.run_parts.loader.close()
         if self.run_parts.val_loader is not None:
             self.run_parts.val_loader.close()

@@ -18,6 +18,7 @@ from pathlib import Path
 from efftrain_ds.cli.args import add_config_arguments
 from efftrain_ds.cli.search import SEARCHES, add_dry_run_argument, add_output_argument
 from efftrain_ds.core.errors import ConfigError, EffTrainError, ModelError, PlanError
+from efftrain_ds.core.redact import redacted
 
 WAIT_FOR_THE_FIRST = 10.0
 """Seconds that rank 0 has to say what is wrong before the others do."""
@@ -80,10 +81,11 @@ def main() -> int:
             # What is wrong with the input is the same on all ranks: the first one says it. The launcher ends all ranks
             # as soon as one has failed, so the others stay until then; one that nobody ends says it, too.
             time.sleep(WAIT_FOR_THE_FIRST)
-        print(f"[rank {rank}] {error}" if rank else str(error), file=sys.stderr, flush=True)
+        text = redacted(str(error))
+        print(f"[rank {rank}] {text}" if rank else text, file=sys.stderr, flush=True)
         return error.exit_code
     except Exception as error:
-        text = traceback.format_exc()
+        text = redacted(traceback.format_exc())
         if isinstance(error, RuntimeError) and any(words in str(error) for words in LOST):
             text += (
                 f"another rank has ended, and so this one does: the connection to it is lost at rank {rank}. Why it "
@@ -102,7 +104,7 @@ def _keep(path: Path, text: str) -> None:
 
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(f"{text}\n{json.dumps({'argv': sys.argv, **environment()}, indent=1)}\n")
+        path.write_text(f"{text}\n{json.dumps({'argv': redacted(sys.argv), **environment()}, indent=1)}\n")
         print(f"written to {path}; go on from the last checkpoint with the same command", file=sys.stderr, flush=True)
     except OSError as error:
         print(f"{path}: {error}", file=sys.stderr, flush=True)
@@ -110,7 +112,10 @@ def _keep(path: Path, text: str) -> None:
 
 if __name__ == "__main__":
     code = main()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:  # a full disk; leaving in the ordinary way would flush again, and make it an error
+            os._exit(code)
     # a rank that failed must not wait for the others in the destructor of the process group
     os._exit(code) if code else sys.exit(0)

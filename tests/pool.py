@@ -64,7 +64,7 @@ class RankPool:
             self.pipes.append(ours)
             self.processes.append(process)
 
-    def run(self, function, *args, timeout: float = 600):
+    def run(self, function, *args, timeout: float = 1200):
         for pipe in self.pipes:
             pipe.send((function, args))
         answers = []

@@ -3,6 +3,11 @@
 No collective runs in these threads. Each rank leaves a receipt in the folder when its files are on disk (or a refusal
 when they are not); rank 0 waits for all receipts and seals the checkpoint, so ``latest`` moves only after every rank
 succeeded.
+
+A process that ends while its thread writes ends after it: the thread is no daemon, so the interpreter waits for it. But
+no process may wait for ever for ranks that are gone, so from the moment at which the process is about to end (the main
+thread has, or `leave` was called) the other ranks' receipts are waited for only as long as the own part has taken, and
+`_GRACE` seconds at least.
 """
 
 from __future__ import annotations
@@ -22,6 +27,8 @@ from .folder import receipt_name
 logger = logging.getLogger(__name__)
 
 _POLL = 0.05
+_GRACE = 5.0
+"""Least time in seconds that a process which is about to end waits for the parts of other ranks."""
 
 
 class BackgroundSave:
@@ -51,8 +58,9 @@ class BackgroundSave:
         self.seconds: float | None = None
         self._write: Callable[[], list[dict[str, Any]]] | None = write
         self._seal = seal
-        self._stop, self._written = threading.Event(), threading.Event()
-        self._thread = threading.Thread(target=self._run, name=f"save {final.name}", daemon=True)
+        self._stop, self._written, self._leaving = threading.Event(), threading.Event(), threading.Event()
+        self._took = 0.0
+        self._thread = threading.Thread(target=self._run, name=f"save {final.name}", daemon=False)
         self._thread.start()
 
     @property
@@ -75,11 +83,28 @@ class BackgroundSave:
         self._stop.set()
         self._thread.join()
 
+    def leave(self) -> str | None:
+        """Before a process ends by an error: see the checkpoint through if that can be done in a bounded time.
+
+        No collective, as the other ranks may be gone. Rank 0 waits for their parts and seals; the others wait until it
+        has, since a launcher ends all ranks once the first one has failed.
+
+        Returns:
+            What went wrong on this rank, or None; other ranks than 0 do not know how it ended there.
+        """
+        self._leaving.set()
+        self._thread.join()
+        patience = _Patience(self._took)
+        while self.rank and self.error is None and self.partial.exists() and not patience.ended():
+            time.sleep(_POLL)
+        return self.error
+
     def _run(self) -> None:
         start = time.monotonic()
         try:
             assert self._write is not None
             entries = self._write()
+            self._took = time.monotonic() - start
             self._leave({"entries": entries})
             self._written.set()
             if self.rank == 0:
@@ -114,10 +139,13 @@ class BackgroundSave:
 
     def _collect(self) -> list[dict[str, Any]]:
         entries: list[dict[str, Any]] = []
+        patience: _Patience | None = None
         for rank in range(self.world):
             path = self.partial / receipt_name(rank)
             while not path.exists():
-                if self._stop.wait(_POLL):
+                if patience is None and (self._leaving.is_set() or not threading.main_thread().is_alive()):
+                    patience = _Patience(self._took)
+                if self._stop.wait(_POLL) or (patience is not None and patience.ended()):
                     raise RuntimeError(f"given up before rank {rank} had written its part")
             text = path.read_text()
             found = json.loads(text) if text else {"error": "no space left"}
@@ -127,3 +155,18 @@ class BackgroundSave:
         for rank in range(self.world):
             (self.partial / receipt_name(rank)).unlink()
         return entries
+
+
+class _Patience:
+    """How long a process that is about to end waits for other ranks.
+
+    Args:
+        took: seconds that this rank's own part has taken; the others have as much to write.
+    """
+
+    def __init__(self, took: float):
+        self._until = time.monotonic() + max(_GRACE, took)
+
+    def ended(self) -> bool:
+        """True once it has been long enough."""
+        return time.monotonic() > self._until

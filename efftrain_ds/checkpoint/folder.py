@@ -12,6 +12,7 @@ import re
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from ..core import faults
 from ..core.errors import CheckpointError
@@ -122,33 +123,51 @@ _MARGIN = 1 << 20
 """Bytes for the small files of a checkpoint."""
 
 
-def verify(folder: Path) -> dict:
-    """Check every file against the manifest; returns the manifest.
+def read_manifest(folder: Path, *, hashes: bool) -> dict[str, dict[str, Any]]:
+    """Compare every file with the manifest; returns {name: {"bytes", "sha256"}}.
+
+    Args:
+        folder: the checkpoint.
+        hashes: also compute the SHA-256 of every file; otherwise only the sizes are compared.
 
     Raises:
-        CheckpointError: a file is missing, has another size or another digest.
+        CheckpointError: what is damaged: the manifest itself, or a file that is missing, has another size or another
+            digest.
     """
     path = folder / MANIFEST
     if not path.is_file():
         raise CheckpointError(f"{folder}: no {MANIFEST}, the checkpoint was not completed")
     try:
-        manifest = json.loads(path.read_text())
-        files = [(name, int(entry["bytes"]), str(entry["sha256"])) for name, entry in manifest["files"].items()]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:  # of whatever kind the damage is
+        files = {str(name): dict(entry) for name, entry in json.loads(path.read_text())["files"].items()}
+        expected = {name: (int(entry["bytes"]), str(entry["sha256"])) for name, entry in files.items()}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:  # of whatever kind the damage is
         raise CheckpointError(f"{path}: not a checkpoint manifest ({type(error).__name__}: {error})") from error
-    for name, size, digest in files:
+    if not files:
+        raise CheckpointError(f"{path}: not a checkpoint manifest (it names no file)")
+    for name, (size, digest) in expected.items():
         file = folder / name
+        if Path(name).name != name:
+            raise CheckpointError(f"{path}: names a file outside of the checkpoint: {name!r}")
         try:
             if not file.is_file():
                 raise CheckpointError(f"{file}: missing")
             found = file.stat().st_size
             if found != size:
                 raise CheckpointError(f"{file}: {found} bytes, the manifest says {size}")
-            if sha256_of(file) != digest:
+            if hashes and sha256_of(file) != digest:
                 raise CheckpointError(f"{file}: SHA-256 differs from the manifest, the file is damaged")
         except OSError as error:
             raise CheckpointError(f"{file}: cannot be read ({error})") from error
-    return manifest
+    return files
+
+
+def verify(folder: Path) -> None:
+    """Check every file, sizes and digests, against the manifest.
+
+    Raises:
+        CheckpointError: as `read_manifest`.
+    """
+    read_manifest(folder, hashes=True)
 
 
 def candidates(root: Path) -> list[Path]:
@@ -172,12 +191,25 @@ def latest_name(root: Path) -> str | None:
 
 
 def recover(root: Path) -> None:
-    """Bring back a checkpoint that was moved aside for another one of its name, which was then never completed."""
+    """Tidy up after a run that ended while a checkpoint replaced another one of its name.
+
+    The old one was moved aside for it: it is brought back where the new one was never completed, and deleted where the
+    new one is good. In a folder that cannot be written nothing happens.
+    """
     for old in root.glob(f"{_ASIDE}*"):
         final = root / old.name[len(_ASIDE) :]
-        if not final.exists():
-            logger.warning("checkpoint %s was being replaced when the run ended; the old one is back", final)
-            old.rename(final)
+        try:
+            if not final.exists():
+                old.rename(final)
+                logger.warning("checkpoint %s was being replaced when the run ended; the old one is back", final)
+                continue
+            verify(final)
+        except CheckpointError as error:
+            logger.warning("%s; the checkpoint that it was to replace is still in %s", error, old)
+        except OSError as error:
+            logger.warning("checkpoint %s was being replaced when the run ended: %s", final, error)
+        else:
+            shutil.rmtree(old, ignore_errors=True)
 
 
 def newest_good(root: Path) -> Path | None:

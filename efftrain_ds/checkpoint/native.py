@@ -1,16 +1,23 @@
 """DeepSpeed's own checkpoint form, for interchange with tools that read it. Never a checkpoint of record.
 
-Its files are pickles that run code on load, a killed rank leaves ``latest`` pointing at an incomplete folder, damage is
-not noticed, and a model that has grown since cannot take them.
+Its files are pickles that run code on load, a rank killed while it writes leaves an incomplete folder, and a model that
+has grown since cannot take them. What DeepSpeed leaves out is done here as far as it can be from outside: an error of
+one rank is raised on all, ``latest`` moves only after all have succeeded, and before loading each rank compares the
+check sums inside the files that it is about to read.
 """
 
 from __future__ import annotations
 
 import logging
+import shutil
 from pathlib import Path
 from typing import Any
 
+from ..core import ranks
 from ..core.errors import CheckpointError
+from ..core.files import write_whole
+from ..zero import native_files
+from .folder import LATEST, latest_name
 
 logger = logging.getLogger(__name__)
 
@@ -28,12 +35,27 @@ def save(engine: Any, root: str | Path, tag: str | None, extra: dict[str, Any], 
         latest: move DeepSpeed's ``latest``.
 
     Raises:
-        CheckpointError: DeepSpeed could not write it.
+        CheckpointError: on all ranks, where DeepSpeed could not write it on some; ``latest`` is as it was.
     """
-    try:
-        engine.save_checkpoint(str(root), tag=tag, client_state={_KEY: extra}, save_latest=latest)
-    except (OSError, RuntimeError) as error:
-        raise CheckpointError(f"{root}: DeepSpeed could not write its checkpoint: {error}") from error
+    root = Path(root)
+    name = str(tag) if tag is not None else f"global_step{engine.global_steps}"
+    ranks.agree(ranks.problem_of(lambda: native_files.check_names(engine)), CheckpointError)
+    new = ranks.from_first(lambda: not (root / name).exists())
+    error = None
+    with native_files.errors_noted(engine) as problems:
+        try:
+            engine.save_checkpoint(str(root), tag=name, client_state={_KEY: extra}, save_latest=False)
+        except Exception as problem:  # not of the disk
+            error = ranks.text_of(problem)
+    found = ranks.problems(error or "; ".join(problems) or None)
+    if not found and latest:
+        found = ranks.problems(
+            ranks.problem_of(lambda: write_whole(root / LATEST, name)) if ranks.rank() == 0 else None
+        )
+    if found:
+        if new and ranks.rank() == 0:
+            shutil.rmtree(root / name, ignore_errors=True)
+        raise CheckpointError(f"{root / name}: DeepSpeed could not write its checkpoint\n  " + "\n  ".join(found))
 
 
 def load(
@@ -50,9 +72,20 @@ def load(
         full: load optimizer and scheduler too.
 
     Raises:
-        CheckpointError: DeepSpeed could not read it, or it was saved without this package and `full` is asked for.
+        CheckpointError: on all ranks: a file is missing or damaged on some (the engine is then unchanged), DeepSpeed
+            could not read it, or it was saved without this package and `full` is asked for.
     """
-    logger.warning("%s: loading DeepSpeed's own form, which runs the code in its pickles and verifies nothing", root)
+    logger.warning("%s: loading DeepSpeed's own form, which runs the code in its pickles", root)
+    root = Path(root)
+    if tag is None and not engine.load_universal_checkpoint():
+        tag = ranks.from_first(lambda: latest_name(root))
+        if tag is None:
+            return None, None
+    if tag is not None:
+        ranks.agree(ranks.problem_of(lambda: _check(engine, root, str(tag), full)), CheckpointError)
+    path: str | None = None
+    extra: dict[str, Any] | None = None
+    error: str | None = None
     try:
         path, client = engine.load_checkpoint(
             str(root),
@@ -61,13 +94,26 @@ def load(
             load_lr_scheduler_states=full,
             load_module_only=not full,
         )
-    except Exception as error:  # unpickling fails in many ways
-        raise CheckpointError(f"{root}: DeepSpeed could not read it: {type(error).__name__}: {error}") from error
-    if path is None:
-        return None, None
-    extra = (client or {}).get(_KEY)
+        if path is not None:
+            extra = _extra_of(path, client or {}, full)
+    except Exception as problem:  # unpickling fails in many ways
+        text = ranks.text_of(problem)
+        error = text if isinstance(problem, CheckpointError) else f"{root}: DeepSpeed could not read it: {text}"
+    ranks.agree(error, CheckpointError)
+    return (str(path), extra) if path is not None else (None, None)
+
+
+def _check(engine: Any, root: Path, tag: str, full: bool) -> None:
+    native_files.check_names(engine)
+    for path in native_files.files_of_rank(engine, root, tag, optimizer=full):
+        native_files.check_readable(path)
+
+
+def _extra_of(path: str, client: dict[str, Any], full: bool) -> dict[str, Any]:
+    """The caller's own state out of DeepSpeed's client state."""
+    extra = client.get(_KEY)
     if extra is None:
         if full:
             raise CheckpointError(f"{path}: saved without this package; load it with load_module_only=True")
-        extra = {"client": client or {}}
-    return str(path), extra
+        extra = {"client": client}
+    return extra

@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..core.errors import CheckpointError
-from .folder import MANIFEST, sha256_of
+from .folder import read_manifest
 from .plain import from_plain
 
 FORMAT = 1
@@ -103,36 +103,6 @@ class _Tensors(Mapping[str, Tensor]):
         if values.numel() != length:
             raise CheckpointError(f"{self.path}: {key} ends before element {offset + length}")
         return values
-
-
-def read_manifest(folder: Path, *, hashes: bool) -> dict[str, dict[str, Any]]:
-    """Compare every file with the manifest; returns {name: {"bytes", "sha256"}}.
-
-    Args:
-        folder: the checkpoint.
-        hashes: also compute the SHA-256 of every file; otherwise only the sizes are compared.
-
-    Raises:
-        CheckpointError: what is damaged.
-    """
-    path = folder / MANIFEST
-    if not path.is_file():
-        raise CheckpointError(f"{folder}: no {MANIFEST}, the checkpoint was not completed")
-    with _reading(path):
-        files = {str(name): dict(entry) for name, entry in json.loads(path.read_text())["files"].items()}
-        sizes = {name: (int(entry["bytes"]), str(entry["sha256"])) for name, entry in files.items()}
-    for name, (expected, digest) in sizes.items():
-        file = folder / name
-        if Path(name).name != name:
-            raise CheckpointError(f"{path}: names a file outside of the checkpoint: {name!r}")
-        if not file.is_file():
-            raise CheckpointError(f"{file}: missing")
-        size = file.stat().st_size
-        if size != expected:
-            raise CheckpointError(f"{file}: {size} bytes, the manifest says {expected}")
-        if hashes and sha256_of(file) != digest:
-            raise CheckpointError(f"{file}: SHA-256 differs from the manifest, the file is damaged")
-    return files
 
 
 class Checkpoint:

@@ -96,17 +96,21 @@ def save(
             prune(root, keep, protect=[final])
 
     parts: list[Part] = []
-    error: str | None = None
     frozen = list(access.frozen_parameters(engine.module))
+    frozen_values: dict[str, Tensor] = {}
+
+    def copied() -> None:
+        frozen_values.update({name: p.detach().cpu().clone() for name, p in frozen})
+
+    def collected() -> None:
+        memory = {} if buffers is None else buffers
+        for part in _parts(engine, rank, world, step, extra, ema, frozen_values):
+            parts.append(part.owned(memory) if background is True else part)
+
+    # whatever fails on one rank, the others must hear of it instead of waiting
     with access.gather_full([p for _, p in frozen]):
-        frozen_values = {name: p.detach().cpu().clone() for name, p in frozen} if rank == 0 else {}
-    try:
-        parts = _parts(engine, rank, world, step, extra, ema, frozen_values)
-        if background is True:
-            parts = [part.owned({} if buffers is None else buffers) for part in parts]
-    except Exception as problem:  # whatever it is, the other ranks must hear of it instead of waiting
-        error = ranks.text_of(problem)
-    problems = ranks.problems(error)
+        error = ranks.problem_of(copied) if rank == 0 else None
+    problems = ranks.problems(error or ranks.problem_of(collected))
     sizes = ranks.gather(sum(part.nbytes for part in parts))
     if not problems:
         problems = ranks.problems(ranks.problem_of(lambda: _begin(root, partial, sum(sizes)) if rank == 0 else None))
@@ -213,15 +217,17 @@ def _parts(
 def find(root: str | Path, tag: str | None = None) -> Path | None:
     """The checkpoint to load: `tag`, or the newest that verifies; None where there is none. Rank 0 decides for all.
 
+    Whatever a run that was killed while it replaced a checkpoint has left is tidied up first, see `folder.recover`.
+
     Raises:
         CheckpointError: on all ranks, where checkpoints exist but none can be used.
     """
 
     def chosen() -> Path | None:
+        recover(Path(root))
         if tag is not None:
             verify(Path(root) / tag)
             return Path(root) / tag
-        recover(Path(root))
         return newest_good(Path(root))
 
     try:
@@ -272,7 +278,8 @@ def load(
         check: called with the caller's own state before anything changes; raises CheckpointError to refuse.
 
     Raises:
-        CheckpointError: it belongs to another model. The engine is then unchanged.
+        CheckpointError: on all ranks. It belongs to another model, or a rank cannot read it: the engine is then
+            unchanged. Or reading failed half way: the text says that the engine cannot be used any more.
     """
     faults.point("load.begin")
     rank, world = ranks.rank(), ranks.world_size()
@@ -285,6 +292,7 @@ def load(
         reader.check(layout.shapes)
         own = rank if world == document["world"] else 0
         local = reader.local(own)
+        rng = reader.rank_document(own)["rng"] if optimizer_state and world == document["world"] else None
         _check_model(engine, document, state_tensors, layout, optimizer_state, path)
         _check_buffers(engine, local, path)
         if check is not None:
@@ -292,7 +300,9 @@ def load(
     except Exception as problem:
         error = ranks.text_of(problem)
     ranks.agree(error, CheckpointError)
-    read_into(reader, layout, ema.shadow if ema is not None else None, optimizer_state)
+    shadow = ema.shadow if ema is not None else None
+    error = ranks.problem_of(lambda: read_into(reader, layout, shadow, optimizer_state))
+    ranks.agree(error, CheckpointError, f"{path}: read in part only, the engine cannot be used any more")
     layout.push()
     _load_frozen(engine, state_tensors)
     with torch.no_grad():
@@ -309,8 +319,8 @@ def load(
     if optimizer_state:
         for group, saved in zip(layout.base.param_groups, from_plain(document["groups"], state_tensors), strict=True):
             group.update(saved)
-        if world == document["world"]:
-            set_plain_rng_state(local, reader.rank_document(own)["rng"])
+        if rng is not None:
+            set_plain_rng_state(local, rng)
     return Loaded(path, document["step"], from_plain(document["extra"], state_tensors), document["world"])
 
 

@@ -8,11 +8,13 @@ import os
 import struct
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import ExitStack
 from dataclasses import dataclass
 from io import BufferedWriter
 from pathlib import Path
+from queue import SimpleQueue
+from threading import Thread
 from typing import Any
 
 import numpy as np
@@ -81,6 +83,45 @@ class Part:
         return Part(self.name, copies)
 
 
+class _Threads:
+    """Threads that do what `submit` is given, in that order; the end of the context waits for all of it.
+
+    Not an executor of `concurrent.futures`: those refuse work from the moment at which the interpreter begins to end,
+    and a checkpoint that is being written in the background just then would be lost.
+    """
+
+    def __init__(self, count: int):
+        self._jobs: SimpleQueue[tuple[Future[None], Callable[..., Any], tuple[Any, ...]] | None] = SimpleQueue()
+        self._threads = [Thread(target=self._work, name="checkpoint writer", daemon=False) for _ in range(count)]
+
+    def __enter__(self) -> _Threads:
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for _thread in self._threads:
+            self._jobs.put(None)
+        for thread in self._threads:
+            thread.join()
+
+    def submit(self, action: Callable[..., Any], *arguments: Any) -> Future[None]:
+        """Call `action` in a thread; the future tells when that is done, or raises what went wrong."""
+        job: Future[None] = Future()
+        self._jobs.put((job, action, arguments))
+        return job
+
+    def _work(self) -> None:
+        while (item := self._jobs.get()) is not None:
+            job, action, arguments = item
+            try:
+                action(*arguments)
+                job.set_result(None)
+            except BaseException as error:
+                job.set_exception(error)
+            del item, job, action, arguments  # and the memory they hold, while this waits for the next
+
+
 def _copied(target: Tensor, source: Tensor) -> Tensor:
     """`target` with the values of `source`."""
     if not (source.device.type == target.device.type == "cpu" and source.is_contiguous() and source.numel()):
@@ -104,7 +145,7 @@ def write_parts(folder: Path, parts: Sequence[Part]) -> list[dict[str, Any]]:
     """
     with ExitStack() as stack:  # files are closed after the threads have ended
         streams = [stack.enter_context((folder / part.name).open("wb")) for part in parts]
-        with ThreadPoolExecutor(1) as hasher, ThreadPoolExecutor(2) as syncer:
+        with _Threads(1) as hasher, _Threads(2) as syncer:
             pending = [_write(stream, part, hasher, syncer) for stream, part in zip(streams, parts, strict=True)]
             for job in [syncer.submit(os.fsync, stream.fileno()) for stream in streams]:
                 job.result()
@@ -126,7 +167,7 @@ def write_unsynced(folder: Path, parts: Sequence[Part]) -> Callable[[], list[dic
     """
     with ExitStack() as stack:
         streams = [stack.enter_context((folder / part.name).open("wb")) for part in parts]
-        with ThreadPoolExecutor(1) as hasher:
+        with _Threads(1) as hasher:
             pending = [_write(stream, part, hasher, None) for stream, part in zip(streams, parts, strict=True)]
             entries = [finish() for finish in pending]
         files = stack.pop_all()
@@ -142,7 +183,7 @@ def write_unsynced(folder: Path, parts: Sequence[Part]) -> Callable[[], list[dic
 
 
 def _write(
-    stream: BufferedWriter, part: Part, hasher: ThreadPoolExecutor, syncer: ThreadPoolExecutor | None
+    stream: BufferedWriter, part: Part, hasher: _Threads, syncer: _Threads | None
 ) -> Callable[[], dict[str, Any]]:
     """Write one file; what is returned waits for the digest and gives the manifest entry."""
     faults.point("save.rank_file")

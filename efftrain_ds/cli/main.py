@@ -13,6 +13,7 @@ import sys
 from collections.abc import Sequence
 
 from ..core.errors import EffTrainError
+from ..core.redact import redacted
 
 VERBS: tuple[tuple[str, str], ...] = (
     ("doctor", "check this machine, and a configuration on it, before a run"),
@@ -64,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         function = args.func
         return int(function(args) or 0)
     except EffTrainError as error:
-        print(error, file=sys.stderr)
+        print(redacted(str(error)), file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -39,6 +39,12 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
         "--checkpoint", metavar="DIR", help="checkpoint or run folder (default: the run's output folder)"
     )
     add_output_argument(subnet, "--output", "folder of the results (default: search in the run's output folder)")
+    subnet.add_argument(
+        "--measure_latency",
+        metavar="TABLE",
+        help="search nothing: measure all blocks of the space on this machine with ONNX Runtime, compare their sums "
+        "with whole networks, and write the JSON file that search.latency_from can name; a table there is completed",
+    )
     subnet.set_defaults(func=run_subnet)
     curriculum = verbs.add_parser(
         "curriculum",
@@ -85,16 +91,23 @@ def run(args: argparse.Namespace) -> int:
 
 
 def run_subnet(args: argparse.Namespace) -> int:
-    """Search for a sub-network and write it.
+    """Search for a sub-network and write it, or measure a table of latencies.
 
     Raises:
         ConfigError: the configuration is wrong or has no limit (exit code 2).
         CheckpointError: there is no checkpoint, or it is of another model.
     """
     from ..config.loader import load_config
+    from ..core.errors import ConfigError
     from ..train_subnet import check_subnet_search, run_subnet_search
+    from ..train_supernets import measure_latency
 
     config = load_config(args.file, overrides=args.overrides, world=1)
+    if args.measure_latency is not None:
+        if args.search_output is not None or args.checkpoint is not None:
+            raise ConfigError("--measure_latency measures a space alone; --output and --checkpoint belong to a search")
+        measure_latency(config, args.measure_latency)
+        return 0
     check_subnet_search(config)
     run_subnet_search(config, args.search_output, args.checkpoint)
     return 0

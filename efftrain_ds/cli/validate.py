@@ -7,6 +7,7 @@ import json
 import sys
 from typing import Any
 
+from ..core.redact import redacted
 from .args import add_set_argument
 
 
@@ -68,4 +69,4 @@ def _batch_line(deepspeed: dict[str, Any], world: int | None) -> str:
 
 
 def _plain(issues: Any) -> list[dict[str, str]]:
-    return [{"key": issue.key, "text": issue.text} for issue in issues]
+    return [{"key": issue.key, "text": redacted(issue.text)} for issue in issues]

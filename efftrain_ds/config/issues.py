@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..core.errors import ConfigError
+from ..core.redact import redacted
 
 _MAX_KEY_WIDTH = 60
 
@@ -55,10 +56,10 @@ def report(issues: Sequence[Issue], where: str, command: str = "") -> str:
 
 
 def validate_command(path: Path, overrides: Sequence[str] = (), world: int | None = None) -> str:
-    """The shell command that validates `path` with the same overrides and world size."""
+    """The shell command that validates `path` with the same overrides (without secrets) and world size."""
     words = ["efftrain", "validate", str(path)]
     for override in overrides:
-        words += ["--set", override]
+        words += ["--set", redacted(override)]
     if world is not None:
         words += ["--world", str(world)]
     return shlex.join(words)

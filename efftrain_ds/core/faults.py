@@ -38,6 +38,8 @@ POINTS = (
     "rebuild.create",
     "rebuild.restore",
     "eval.batch",
+    "mask.update",
+    "search.measure",
     "reader.read",
 )
 """Every point of the package, in no particular order; a test compares it with the sources."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from pathlib import Path
 
 
@@ -26,7 +27,12 @@ def write_whole(path: Path, content: bytes | str) -> None:
         OSError: the disk refuses.
     """
     partial = path.with_name(path.name + ".partial")
-    partial.write_bytes(content.encode() if isinstance(content, str) else content)
-    sync(partial)
-    partial.replace(path)
+    try:
+        partial.write_bytes(content.encode() if isinstance(content, str) else content)
+        sync(partial)
+        partial.replace(path)
+    except OSError:
+        with suppress(OSError):
+            partial.unlink()  # half a file takes room that a full disk does not have
+        raise
     sync(path.parent)

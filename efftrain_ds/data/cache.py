@@ -79,7 +79,7 @@ class ShardCache:
 
     def path(self, shard: Shard) -> Path:
         """Local path of a shard: its URL, its content and its name tell it from every other."""
-        url = hashlib.sha256(self.remote.join(shard.name).encode()).hexdigest()[:16]
+        url = hashlib.sha256(self.remote.identity(shard.name).encode()).hexdigest()[:16]
         return self.root / "shards" / f"{url}.{shard.sha256[:8]}.{shard.name}"
 
     def present(self, shard: Shard) -> bool:
@@ -113,14 +113,14 @@ class ShardCache:
 
     def _obtain(self, shard: Shard, stop: threading.Event) -> None:
         """Download, or wait for the process that does."""
-        asked = time.time()
         path, failed = self.path(shard), self._lock(shard, "failed")
-        done: Callable[[], bool] = lambda: self.present(shard) or _failure(failed, asked) is not None  # noqa: E731
+        before = _failure(failed)  # told apart by a name, as clocks jump and those of two hosts differ
+        done: Callable[[], bool] = lambda: self.present(shard) or _failure(failed) not in (None, before)  # noqa: E731
         with exclusive(self._lock(shard, "get"), stop, done) as lock:
             if self.present(shard):
                 return
-            if (text := _failure(failed, asked)) is not None:
-                raise ShardLost(text)
+            if (failure := _failure(failed)) is not None and failure != before:
+                raise ShardLost(failure[1])
             if lock is None:
                 raise Stopped
             if path.is_file():  # left by another program, or written to since
@@ -131,7 +131,7 @@ class ShardCache:
             try:
                 self._retry(shard.name, lambda: self._download(shard, path, stop), stop)
             except ShardLost as error:
-                failed.write_text(json.dumps({"time": time.time(), "error": str(error)}))
+                failed.write_text(json.dumps({"id": uuid.uuid4().hex, "error": str(error)}))
                 raise
 
     def _download(self, shard: Shard, path: Path, stop: threading.Event) -> None:
@@ -277,12 +277,12 @@ def _intact(path: Path, shard: Shard) -> bool:
     return found.st_size == shard.bytes and found.st_mtime_ns == _time_of(shard) * 10**9
 
 
-def _failure(path: Path, since: float) -> str | None:
-    """Text of a failure after `since`."""
+def _failure(path: Path) -> tuple[str, str] | None:
+    """Name and text of the last failure."""
     try:
         found = json.loads(path.read_text())
-        return found["error"] if found["time"] >= since else None
-    except (OSError, ValueError):
+        return found["id"], found["error"]
+    except (OSError, ValueError, KeyError):
         return None
 
 

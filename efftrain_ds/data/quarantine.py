@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -9,6 +10,7 @@ from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from ..core.best_effort import BestEffort
 from ..core.errors import ShardError
 
 logger = logging.getLogger(__name__)
@@ -38,7 +40,7 @@ class BadSample:
 
 
 class Quarantine:
-    """Ledger and counters of one rank.
+    """Ledger and counters of one rank. A ledger that cannot be written costs its lines, not the run.
 
     A run may go on while ``bad <= max(1, max_fraction * max(seen, expected))``: an epoch's allowance is granted from
     the start, so that two neighbouring bad samples do not stop a long run in its first step, and one bad sample is
@@ -56,6 +58,8 @@ class Quarantine:
         self.expected = expected
         self.counts: Counter[str] = Counter()
         self.seen = 0
+        self._effort = BestEffort("bad samples")
+        self._torn = False
 
     def update(self, seen: int, bad: list[BadSample], rank: int) -> None:
         """Account for one micro-batch of `seen` samples, of which `bad` were replaced.
@@ -70,14 +74,8 @@ class Quarantine:
         for sample in bad:
             logger.warning("bad sample: %s row %d (%s): %s", sample.shard, sample.row, sample.reason, sample.error)
         if self.path is not None:
-            lines = "".join(json.dumps({**asdict(sample), "rank": rank}) + "\n" for sample in bad)
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            # One write to a file opened for appending, so that the lines of several ranks do not mix.
-            descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
-            try:
-                os.write(descriptor, lines.encode())
-            finally:
-                os.close(descriptor)
+            with self._effort(self.path):
+                self._note(self.path, bad, rank)
         total = sum(self.counts.values())
         allowed = max(1.0, self.max_fraction * max(self.seen, self.expected)) if self.max_fraction > 0 else 0.0
         if total > allowed:
@@ -88,3 +86,16 @@ class Quarantine:
                 f"{self.max_fraction:g} allows {int(allowed)}. Latest: {last.shard} row {last.row}, offset "
                 f"{last.offset}: {last.error}. Ledger: {self.path if self.path is not None else 'none'}"
             )
+
+    def _note(self, path: Path, bad: list[BadSample], rank: int) -> None:
+        lines = "\n" * self._torn + "".join(json.dumps({**asdict(sample), "rank": rank}) + "\n" for sample in bad)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # One write to a file opened for appending, so that the lines of several ranks do not mix.
+        descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            written = os.write(descriptor, lines.encode())
+        finally:
+            os.close(descriptor)
+        self._torn = written < len(lines.encode())
+        if self._torn:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

@@ -65,7 +65,7 @@ def open_data(
 
 def _fetch_manifest(remote: RemoteFolder, cache: ShardCache) -> Manifest:
     """The manifest, in a folder of its own in the cache."""
-    url = hashlib.sha256(remote.url.encode()).hexdigest()[:16]
+    url = hashlib.sha256(remote.identity().encode()).hexdigest()[:16]
     sets = cache.root / "sets"
     try:
         sets.mkdir(parents=True, exist_ok=True)

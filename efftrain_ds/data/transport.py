@@ -17,15 +17,16 @@ from dataclasses import dataclass
 from os import killpg, read
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import quote, unquote, urlsplit
 
 from ..core.errors import ShardError
+from ..core.redact import HIDDEN, PIPE, redacted
 
 PROTOCOLS = {"file": None, "http": None, "https": None, "s3": "s3", "gs": "gs", "gcs": "gs"}
 """Protocols of a remote folder and the extra of this package that each one needs."""
 
-PIPE = "pipe:"
 _CHUNK = 1 << 20
+_BETWEEN = re.compile(r"""[\s'"|;&()<>=]+|\{name\}""")
 _SAFE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._+=-]*")
 
 
@@ -60,11 +61,11 @@ class RemoteFolder:
         if self.url.startswith(PIPE):
             if not allow_pipe:
                 raise ShardError(
-                    f"{self.url}: pipe: runs a shell command on every node; set efftrain.data.allow_pipe to true if "
-                    "you trust it"
+                    f"{self.shown()} runs a shell command on every node; set efftrain.data.allow_pipe to true if you "
+                    "trust it"
                 )
             if "{name}" not in self.url:
-                raise ShardError(f"{self.url}: the command needs {{name}} where the name of the file stands")
+                raise ShardError(f"{self.shown()}: the command needs {{name}} where the name of the file stands")
             return
         protocol = self.url.partition("://")[0]
         if protocol not in PROTOCOLS:
@@ -86,22 +87,39 @@ class RemoteFolder:
         return f"{base.rstrip('/')}/{name}{mark}{query}"
 
     def shown(self, name: str | None = None) -> str:
-        """URL for messages: without user, password and query, which may be secrets."""
+        """URL for messages: without user, password and query, which may be secrets, as all of a command may be."""
         url = self.url if name is None else self.join(name)
         if url.startswith(PIPE):
-            return url
-        parts = urlsplit(url)
-        return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
+            return HIDDEN if name is None else f"{HIDDEN} ({name})"
+        return redacted(url)
+
+    def identity(self, name: str | None = None) -> str:
+        """What tells folder or file from others in the cache: a new token is no new file. Not for messages.
+
+        Files that differ in the query alone have one identity; the cache's names have the hash of the content, too.
+        """
+        if self.url.startswith(PIPE):
+            return self.url if name is None else self.join(name)
+        return self.shown(name)
 
     def clean(self, text: str) -> str:
-        """A message of another package without the user, password and query of this URL."""
-        if self.url.startswith(PIPE):
-            return text
-        parts = urlsplit(self.url)
-        user = parts.netloc.rpartition("@")[0]
-        for secret in (f"?{parts.query}" if parts.query else "", f"{user}@" if user else ""):
-            text = text.replace(secret, "") if secret else text
+        """A message of another package or command without the secrets of this URL or command, however quoted."""
+        text = redacted(text)
+        for secret in sorted(self._secrets(), key=len, reverse=True):
+            text = text.replace(secret, "...")
         return text
+
+    def _secrets(self) -> set[str]:
+        """What must not be shown, in the forms in which others may write it; shorter ones are parts of any text."""
+        if self.url.startswith(PIPE):
+            words = {word for word in _BETWEEN.split(self.url[len(PIPE) :]) if "://" not in word}
+            return {word for word in words if len(word) > 7 or (len(word) > 4 and not word.islower())}
+        parts = urlsplit(self.url)
+        found = {parts.query, parts.fragment, parts.netloc.rpartition("@")[0]}
+        found |= {value for part in found for value in re.split("[&;=:]", part)}
+        found |= {unquote(secret) for secret in found}
+        found |= {quote(secret, safe=safe) for secret in found for safe in ("", "/", "/:@!$'()*,;")}
+        return {secret for secret in found if len(secret) > 5}
 
     def fetch(self, name: str, target: Path, stop: threading.Event | None = None) -> None:
         """Write one file to a local path.

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from ..core.redact import redacted
 from ..core.text import bytes_text
 from .check import FAIL, NONE, OK, WARN, Check, Setup
 
@@ -195,7 +196,7 @@ def _split(key: str, where: str) -> Check:
     from ..data.reader import ShardReader, check_shards
 
     if "://" in where or where.startswith("pipe:"):
-        return Check(key, NONE, f"{where}: remote, not read here")
+        return Check(key, NONE, f"{redacted(where)}: remote, not read here")
     try:
         if (count := bundled.samples(where)) is not None:
             width, height = decode_pil(bundled.source(where).get(0).payload).size

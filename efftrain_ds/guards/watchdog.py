@@ -18,6 +18,7 @@ import socket
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -34,7 +35,7 @@ SCALES: Mapping[str, float] = {"start": 5.0, "first step": 5.0, "stage change": 
 """Phases that cannot report in between may take this many times `stall_s`; all others take 1."""
 
 _MARKER = "stall.json"
-_COMMUNICATION = ("torch/distributed/distributed_c10d", "deepspeed/comm/")
+_COMMUNICATION = ("torch/distributed/", "deepspeed/comm/")
 
 
 @dataclass
@@ -52,6 +53,7 @@ class Beat:
         age: seconds since the last one.
         sequence: grows with every writing of the file.
         waits: its main thread stands in a collective (only said when it has not reported for a while).
+        place: which one, and where it was called; "" where it does not wait.
         done: the rank has ended its watch.
     """
 
@@ -65,6 +67,7 @@ class Beat:
     age: float = 0.0
     sequence: int = 0
     waits: bool = False
+    place: str = ""
     done: bool = False
 
 
@@ -86,9 +89,19 @@ def late_ranks(beats: Mapping[int, Beat | None], silent: set[int]) -> list[int]:
     if 0 < len(busy) < len(found):  # the others wait for these
         return sorted(busy)
     if len(found) == len(known):
-        return sorted(found)
+        return odd_ones({rank: known[rank].place for rank in found}) or sorted(found)
     oldest = max(known[rank].age for rank in found)
     return sorted(rank for rank in found if known[rank].age > oldest - 1.0)
+
+
+def odd_ones(places: Mapping[int, str]) -> list[int]:
+    """Ranks that wait in another collective than most do; [] where there is no such majority.
+
+    Args:
+        places: where each rank waits.
+    """
+    common, count = Counter(places.values()).most_common(1)[0]
+    return sorted(rank for rank, place in places.items() if place != common) if 2 * count > len(places) else []
 
 
 class Watchdog:
@@ -199,7 +212,8 @@ class Watchdog:
     def _write(self, age: float) -> None:
         mine = self._mine
         (mine.phase, mine.step), mine.beats, mine.age = self._now, self._beats, round(age, 3)
-        mine.waits = age > self.stall_s / 4 and in_collective()
+        mine.place = collective_place() if age > self.stall_s / 4 else ""
+        mine.waits = bool(mine.place)
         mine.sequence += 1
         try:
             self._replace(self._path(self.rank), asdict(mine))
@@ -277,7 +291,11 @@ class Watchdog:
 
     def _describe(self, late: list[int], beats: Mapping[int, Beat | None], silent: set[int]) -> str:
         if len(late) == self.world:
-            return f"none, all {self.world} ranks stand at the same place"
+            places = {rank: beat.place for rank, beat in beats.items() if beat is not None}
+            if len(set(places.values())) < 2:
+                return f"none, all {self.world} ranks stand at the same place"
+            each = ", ".join(f"rank {rank} in {place or 'its own code'}" for rank, place in sorted(places.items())[:8])
+            return f"none, but the ranks stand at different places: {each}" + (" ..." if len(places) > 8 else "")
         parts = []
         for rank in late[:8]:
             beat = beats.get(rank)
@@ -285,6 +303,7 @@ class Watchdog:
                 parts.append(f"rank {rank} (never reported)")
                 continue
             state = "its process stands still" if rank in silent else f"{beat.age:.0f} s ago"
+            state += f", in {beat.place}" if beat.place and rank not in silent else ""
             parts.append(f"rank {rank} (step {beat.step}, {beat.phase}, {state}; process {beat.pid} on {beat.host})")
         return ", ".join(parts) + (f" and {len(late) - 8} more" if len(late) > 8 else "")
 
@@ -331,14 +350,22 @@ class Watchdog:
         thread.join(2.0)
 
 
-def in_collective() -> bool:
-    """True where the main thread of this process is inside torch's or DeepSpeed's communication."""
+def collective_place() -> str:
+    """Where the main thread of this process is inside torch's or DeepSpeed's communication, else "".
+
+    As "barrier, called by loss_term (faults/poison.py:46)": what it waits for, and the code that asked for it.
+    """
     frame = sys._current_frames().get(threading.main_thread().ident or 0)
+    inside = ""
     while frame is not None:
-        if any(part in frame.f_code.co_filename for part in _COMMUNICATION):
-            return True
+        code = frame.f_code
+        if any(part in code.co_filename for part in _COMMUNICATION):
+            inside = inside or code.co_name
+        elif inside:
+            where = "/".join(Path(code.co_filename).parts[-2:])
+            return f"{inside}, called by {code.co_name} ({where}:{frame.f_lineno})"
         frame = frame.f_back
-    return False
+    return inside
 
 
 def kill(pid: int, born: float) -> None:

@@ -10,12 +10,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TextIO
 
+from ..core.best_effort import BestEffort
+from ..core.redact import redacted
 from ..core.text import align, bytes_text, duration_text, short_settings
 from ..core.timeline import Stage
 
 
 class Console:
-    """Writes lines on rank 0 and nothing elsewhere.
+    """Writes lines on rank 0 and nothing elsewhere, without the secrets of URLs and commands.
+
+    A terminal that is gone, or a log file on a full disk, ends nothing.
 
     Args:
         rank: data-parallel rank.
@@ -25,13 +29,15 @@ class Console:
     def __init__(self, rank: int = 0, stream: TextIO | None = None):
         self._rank = rank
         self._stream = stream
+        self._effort = BestEffort("lines")
 
     def write(self, text: str) -> None:
         """Write a block or line and flush it."""
         if self._rank == 0:
-            stream = self._stream or sys.stdout
-            stream.write(text + "\n")
-            stream.flush()
+            with self._effort("standard output"):
+                stream = self._stream or sys.stdout
+                stream.write(redacted(text) + "\n")
+                stream.flush()
 
 
 @dataclass(frozen=True)
@@ -92,7 +98,7 @@ def start_block(info: StartInfo) -> str:
     rows += [("plan", line.strip()) for line in info.plan]
     held_out = f", {info.val_samples:,} held out" if info.val_samples is not None else ", no evaluation"
     rows += [
-        ("data", f"{info.data}: {info.samples:,} samples{held_out}, batch {info.batch:,}"),
+        ("data", f"{redacted(info.data)}: {info.samples:,} samples{held_out}, batch {info.batch:,}"),
         ("output", info.output),
     ]
     if info.tensorboard:

@@ -5,12 +5,15 @@ Shape legend: N samples, R side of the original in pixels, B side of what the ne
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from ..core.files import write_whole
 
 GAP = 2
 _OUTLINE = np.array([255, 64, 64], dtype=np.uint8)
@@ -96,9 +99,14 @@ def zoomed(picture: np.ndarray, tile: int, least: int = 112) -> np.ndarray:
 
 
 def save_png(picture: np.ndarray, path: str | Path) -> None:
-    """Write a [H, W, 3] uint8 picture as PNG; the folder is made."""
+    """Write a [H, W, 3] uint8 picture as PNG, whole or not at all; the folder is made.
+
+    Raises:
+        OSError: the disk refuses.
+    """
     from PIL import Image
 
-    path = Path(path)
+    path, file = Path(path), io.BytesIO()
+    Image.fromarray(picture).save(file, format="PNG")
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(picture).save(path, format="PNG")
+    write_whole(path, file.getvalue())

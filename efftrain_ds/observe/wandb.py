@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from ..core.errors import ConfigError
+from ..core.redact import redacted
 
 logger = logging.getLogger(__name__)
 KEY = "efftrain.observe.wandb"
@@ -75,7 +76,7 @@ class WandB:
                 id=self._id(resumed),
                 resume="allow",
                 name=name or self.folder.resolve().name,
-                config=dict(config or {}),
+                config=redacted(dict(config or {})),
                 settings={"console": "off", "quiet": True},  # the terminal belongs to the run lines
             )
             self._run.define_metric("step")
@@ -132,10 +133,11 @@ class WandB:
             self._log({tag: self._wandb.Image(figure)}, step)
 
     def text(self, tag: str, text: str, step: int = 0, *, fixed: bool = True) -> None:
-        """Write text; `fixed` keeps its line breaks and columns."""
+        """Write text, without the secrets of URLs and commands; `fixed` keeps its line breaks and columns."""
         if self._run is not None:
             from html import escape
 
+            text = redacted(text)
             body = f"<pre>{escape(text)}</pre>" if fixed else escape(text)
             self._log({tag: self._wandb.Html(body)}, step)
 

@@ -1,4 +1,4 @@
-"""The only file, beside `skip`, that touches private names of DeepSpeed.
+"""The only file, beside `skip` and `native_files`, that touches private names of DeepSpeed.
 
 `layout_of` describes where one rank keeps the fp32 masters and the optimizer state of every trainable parameter, for
 ZeRO 0, 1, 2 and 3 in fp32, bf16 and fp16: *flats* (the tensors the base optimizer steps on) and *fragments* (which
@@ -13,7 +13,7 @@ import logging
 import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import deepspeed
 import torch
@@ -178,13 +178,15 @@ def check_version() -> None:
 
 def _probe(optimizer: object) -> str:
     name = _class_name(optimizer)
-    missing = [attribute for attribute in _PRIVATE.get(name, ()) if not hasattr(optimizer, attribute)]
-    if missing:
-        raise EffTrainError(
-            f"DeepSpeed {deepspeed.__version__}: {name} has no {', '.join(missing)}; tested versions: "
-            f"{', '.join(TESTED_VERSIONS)}"
-        )
+    if text := missing_text(name, optimizer, _PRIVATE.get(name, ())):
+        raise EffTrainError(text)
     return name
+
+
+def missing_text(name: str, thing: object, attributes: Iterable[str]) -> str:
+    """What to say of private attributes that this version of DeepSpeed does not have; "" where it has them all."""
+    missing, tested = ", ".join(a for a in attributes if not hasattr(thing, a)), ", ".join(TESTED_VERSIONS)
+    return f"DeepSpeed {deepspeed.__version__}: {name} has no {missing}; tested versions: {tested}" if missing else ""
 
 
 def layout_of(engine: Any) -> Layout:
@@ -564,16 +566,13 @@ def continue_from(engine: Any, old: dict[str, Any]) -> None:
 
 def carried(engine: Any) -> dict[str, Any]:
     """Counters, loss scaler and the like of an engine that will be replaced."""
-    return {
-        "counters": counters(engine),
-        "scaler": scaler_state(engine),
-        "training_dataloader": engine.training_dataloader,
-    }
+    loader = engine.training_dataloader
+    return {"counters": counters(engine), "scaler": scaler_state(engine), "training_dataloader": loader}
 
 
-def params_offloaded(engine: Any) -> bool:
-    """True where ZeRO-3 keeps the weights in host memory."""
-    return _device(engine._config.zero_config.offload_param) != "none"
+def offloaded(engine: Any, what: Literal["param", "optimizer"]) -> bool:
+    """True where ZeRO-3's weights, or the optimizer's state, are in host memory."""
+    return _device(getattr(engine._config.zero_config, f"offload_{what}")) != "none"
 
 
 def replay_steps(layout: Layout) -> None:

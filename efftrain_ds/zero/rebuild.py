@@ -398,7 +398,7 @@ def _skeleton_of(engine: Any) -> tuple[torch.dtype, torch.device]:
         dtype = torch.bfloat16
     elif engine.fp16_enabled():
         dtype = torch.float16
-    return dtype, torch.device("cpu") if access.params_offloaded(engine) else torch.device(engine.device)
+    return dtype, torch.device("cpu") if access.offloaded(engine, "param") else torch.device(engine.device)
 
 
 class _Initial:

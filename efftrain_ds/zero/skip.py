@@ -2,7 +2,8 @@
 
 Weights, masters and optimizer state are not touched, gradients are dropped, ``engine.was_step_applied()`` is False,
 `skipped_steps` counts and the LR scheduler does not move: all of it is what DeepSpeed does after an overflow. Beside
-`access` the only file that uses private names of DeepSpeed; `private_names` lists them and a test names them.
+`access` and `native_files` the only file that uses private names of DeepSpeed; `private_names` lists them and a test
+names them.
 """
 
 from __future__ import annotations
@@ -88,6 +89,16 @@ def skipped_step(engine: Any) -> Iterator[None]:
     else:  # a plain optimizer has no overflow path; the engine reads `overflow` where there is such an attribute
         with _override(optimizer, step=lambda closure=None: None, overflow=True):
             yield
+
+
+def forget_gradients(engine: Any) -> None:
+    """Set what ZeRO-3 keeps of a step's gradients to zero, after ``engine.step()``; the other stages keep nothing.
+
+    Its first backward pass of a step overwrites gradients, those after it add to them. A parameter that takes part in a
+    later pass only would get the gradient of the step before once more.
+    """
+    if _class_name(engine.optimizer) == _ZERO3:
+        _clear_partitions(engine.optimizer)
 
 
 def _clear_partitions(optimizer: Any) -> None:

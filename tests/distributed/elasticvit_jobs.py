@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import copy
+import json
+import os
+import sys
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +16,7 @@ from torch import nn
 
 import efftrain_ds
 from efftrain_ds.core.batch import Batch
+from efftrain_ds.core.errors import ModelError
 from efftrain_ds.methods.elasticvit.calibrate import batch_norms, calibrate
 from efftrain_ds.methods.elasticvit.losses import alpha_div
 from efftrain_ds.methods.elasticvit.method import ElasticVit
@@ -60,22 +65,23 @@ def supernet(space=PLAIN) -> nn.Module:
     return space.supernet()
 
 
-def _batches(steps: int = STEPS) -> list[tuple[torch.Tensor, torch.Tensor]]:
+def _batches(steps: int = STEPS, space=PLAIN) -> list[tuple[torch.Tensor, torch.Tensor]]:
     generator = torch.Generator().manual_seed(10 + dist.get_rank())
+    side = max(space.resolutions)
     return [
-        (torch.randn(6, 3, 12, 12, generator=generator), torch.randint(CLASSES, (6,), generator=generator))
+        (torch.randn(6, 3, side, side, generator=generator), torch.randint(CLASSES, (6,), generator=generator))
         for _ in range(steps)
     ]
 
 
-def _config(stage: int, method: dict[str, Any], steps: int = STEPS) -> dict[str, Any]:
+def _config(stage: int, method: dict[str, Any], steps: int = STEPS, space=PLAIN) -> dict[str, Any]:
     return {
         "train_micro_batch_size_per_gpu": 6,
         "gradient_accumulation_steps": 1,
         "gradient_clipping": 0.0,
         "zero_optimization": {"stage": stage},
         "optimizer": {"type": "AdamW", "params": {**ADAM, "torch_adam": True}},
-        "efftrain": {"run": {"steps": steps}, "methods": {"elasticvit": {**METHOD, **LEVELS[PLAIN], **method}}},
+        "efftrain": {"run": {"steps": steps}, "methods": {"elasticvit": {**METHOD, **LEVELS[space], **method}}},
     }
 
 
@@ -94,14 +100,14 @@ def _train(engine, batches, drawn: list | None = None) -> list[float]:
     return losses
 
 
-def _reference(method: ElasticVit, drawn: list) -> dict[str, torch.Tensor]:
+def _reference(method: ElasticVit, drawn: list, batches: list) -> dict[str, torch.Tensor]:
     """The same steps with one backward pass of the summed loss on plain torch, gradients averaged by hand."""
-    net = supernet()
+    net = supernet(method.space)
     optimizer = torch.optim.AdamW(net.parameters(), **ADAM)
     targets = copy.copy(method.targets)
     config, place = method.config, 0
     modes = config.modes
-    for number, (images, labels) in enumerate(_batches()):
+    for number, (images, labels) in enumerate(batches):
         batch = Batch(images=images, labels=labels, valid=torch.tensor([True] * 5 + [number * len(modes) % 2 == 0]))
         configs = drawn[place : place + len(modes)]
         place += len(modes)
@@ -129,23 +135,26 @@ def _reference(method: ElasticVit, drawn: list) -> dict[str, torch.Tensor]:
     return {name: parameter.detach().clone() for name, parameter in net.named_parameters()}
 
 
-def step_job(stage: int, decay_unused: bool = False, agc: float | None = None) -> dict[str, Any]:
+def step_job(
+    stage: int, decay_unused: bool = False, agc: float | None = None, hybrid: bool = False, steps: int = STEPS
+) -> dict[str, Any]:
     """Steps of the method against `_reference`."""
-    method = {"bank": None, "decay_unused": decay_unused, "agc": agc}
-    engine, *_ = efftrain_ds.initialize(model=supernet(), config=_config(stage, method))
+    space, method = HYBRID if hybrid else PLAIN, {"bank": None, "decay_unused": decay_unused, "agc": agc}
+    config, batches = _config(stage, method, steps, space), _batches(steps, space)
+    engine, *_ = efftrain_ds.initialize(model=supernet(space), config=config)
     drawn: list = []
-    losses = _train(engine, _batches(), drawn)
+    losses = _train(engine, batches, drawn)
     parameters = dict(engine.module.named_parameters())
     with train_jobs.access.gather_full(list(parameters.values())):
         found = {name: parameter.detach().float().clone() for name, parameter in parameters.items()}
-    expected = _reference(engine.methods[0], drawn)
-    start = supernet().state_dict()
+    expected = _reference(engine.methods[0], drawn, batches)
+    start = supernet(space).state_dict()
     result = {
         "worst": max(float((found[n] - expected[n]).abs().max()) for n in expected),
         "moved": max(float((start[n] - expected[n]).abs().max()) for n in expected),
-        "configs": [hash(config) for config in drawn],
+        "configs": [space.codes(config).tolist() for config in drawn],
         "skipped": sum(
-            bool(unused_parts(PLAIN, drawn[i : i + engine.passes])) for i in range(0, len(drawn), engine.passes)
+            bool(unused_parts(space, drawn[i : i + engine.passes])) for i in range(0, len(drawn), engine.passes)
         ),
         "finite": all(x == x for x in losses),
     }
@@ -274,8 +283,8 @@ def _shrunken(folder: str, steps: int) -> dict[str, Any]:
     """ElasticViT's space at a quarter of its widths on small images."""
     model = {"name": "elasticvit", "kwargs": {"divisor": 4, "resolutions": [24, 28, 32]}, "ema": {"decay": 0.9}}
     changes = {
-        "train_batch_size": 32,
-        "train_micro_batch_size_per_gpu": 16,
+        "train_batch_size": 16,
+        "train_micro_batch_size_per_gpu": 8,
         "gradient_clipping": 0.0,
         "optimizer/params/lr": 3e-3,
         "efftrain/run/steps": steps,
@@ -378,3 +387,34 @@ def teacher_job(folder: str) -> dict[str, Any]:
         found[f"teachers{count}"] = len(inside)
         engine.destroy()
     return found
+
+
+def embedded(case: str, folder: str) -> None:
+    """One rank of a loop of one's own, where nobody has joined the ranks before `efftrain_ds.initialize`."""
+    rank, found = int(os.environ["RANK"]), {}
+    changes: dict[str, Any] = {"bank": None}
+    if case == "tables":
+        changes["seed"] = rank  # nobody should; each rank alone would make tables of its own
+    else:
+        changes["teachers"] = [{"model": "vit_tiny_patch16_224", "weights": f"{folder}/{rank}.safetensors"}]
+        changes["teachers"][0]["kwargs"] = {"img_size": 12, "patch_size": 4, "embed_dim": 16, "depth": 1}
+        if rank == 0:
+            import timm
+            from safetensors.torch import save_file
+
+            kwargs = {**changes["teachers"][0]["kwargs"], "num_classes": CLASSES, "num_heads": 2}
+            changes["teachers"][0]["kwargs"] = kwargs
+            save_file(timm.create_model("vit_tiny_patch16_224", **kwargs).state_dict(), f"{folder}/0.safetensors")
+    found["before"] = dist.is_initialized()
+    try:
+        engine, *_ = efftrain_ds.initialize(model=supernet(), config=_config(1, changes))
+        found["tables"] = [table.codes.tolist() for table in engine.methods[0]._tables]
+    except ModelError as error:
+        found["error"] = str(error)
+    found["ranks"] = dist.get_world_size()
+    Path(folder, f"found{rank}.json").write_text(json.dumps(found))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    embedded(*sys.argv[1:])

@@ -704,14 +704,16 @@ def wrong_grown_job(folder: str) -> dict:
 
 
 def many_job(stage: int, times: int) -> dict:
-    """Resident memory over many rebuilds."""
+    """Resident memory, open files and process groups over many rebuilds."""
     engine = make(stage, "bf16")
     train(engine, 0, 1)
-    resident = []
+    resident, files, groups = [], [], []
     for number in range(times):
         engine.rebuild(grow(4, 4, [0, 1, 2, 3]))
         train(engine, 1 + number, 2 + number)
         pages = int(Path("/proc/self/statm").read_text().split()[1])
         resident.append(pages * os.sysconf("SC_PAGE_SIZE"))
+        files.append(len(os.listdir("/proc/self/fd")))
+        groups.append(len(torch.distributed.distributed_c10d._world.pg_map))
     engine.destroy()
-    return {"resident": resident}
+    return {"resident": resident, "files": files, "groups": groups}

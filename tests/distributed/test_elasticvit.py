@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
 from tests.distributed import elasticvit_jobs as jobs
+from tests.pool import free_port
 
 pytestmark = pytest.mark.dist
 
@@ -14,25 +20,30 @@ SLOW = pytest.mark.slow
 
 
 @pytest.mark.parametrize(
-    ("stage", "decay", "agc"),
+    ("stage", "decay", "agc", "hybrid"),
     [
-        (2, False, 0.1),
-        pytest.param(0, False, None, marks=SLOW),
-        pytest.param(1, False, None, marks=SLOW),
-        pytest.param(2, False, None, marks=SLOW),
-        pytest.param(3, False, None, marks=SLOW),
-        pytest.param(1, True, None, marks=SLOW),
-        pytest.param(3, True, None, marks=SLOW),
-        pytest.param(0, False, 0.1, marks=SLOW),
-        pytest.param(1, False, 0.1, marks=SLOW),
-        pytest.param(3, False, 0.1, marks=SLOW),
-        pytest.param(3, True, 0.1, marks=SLOW),
+        (2, False, 0.1, False),
+        pytest.param(0, False, None, False, marks=SLOW),
+        pytest.param(1, False, None, False, marks=SLOW),
+        pytest.param(2, False, None, False, marks=SLOW),
+        pytest.param(3, False, None, False, marks=SLOW),
+        pytest.param(1, True, None, False, marks=SLOW),
+        pytest.param(3, True, None, False, marks=SLOW),
+        pytest.param(0, False, 0.1, False, marks=SLOW),
+        pytest.param(1, False, 0.1, False, marks=SLOW),
+        pytest.param(3, False, 0.1, False, marks=SLOW),
+        pytest.param(3, True, 0.1, False, marks=SLOW),
+        pytest.param(0, False, None, True, marks=SLOW),
+        pytest.param(1, False, 0.1, True, marks=SLOW),
+        pytest.param(2, False, None, True, marks=SLOW),
+        pytest.param(3, False, 0.1, True, marks=SLOW),
+        pytest.param(3, True, None, True, marks=SLOW),
     ],
 )
-def test_a_step_is_one_backward_of_the_sum_and_unused_blocks_stay(ranks, stage, decay, agc):
-    results = ranks(jobs.step_job, stage, decay, agc)
+def test_a_step_is_one_backward_of_the_sum_and_unused_blocks_stay(ranks, stage, decay, agc, hybrid):
+    results = ranks(jobs.step_job, stage, decay, agc, hybrid)
     for result in results:
-        assert result["worst"] <= 2e-6 < 0.01 * result["moved"]
+        assert result["worst"] <= 1e-6 < 0.01 * result["moved"]
         assert result["configs"] == results[0]["configs"]
         assert result["skipped"]
         assert result["finite"]
@@ -78,6 +89,7 @@ def test_calibration_pools_the_ranks(ranks):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_a_shrunken_supernet_learns_and_resumes(ranks, tmp_path):
     first, second = ranks(jobs.learning_job, str(tmp_path), 200, 120)
     assert first["after"] == second["after"]
@@ -92,6 +104,7 @@ def test_a_shrunken_supernet_learns_and_resumes(ranks, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_a_timm_model_teaches(ranks, tmp_path):
     for found in ranks(jobs.teacher_job, str(tmp_path)):
         for count in (1, 2):
@@ -99,3 +112,28 @@ def test_a_timm_model_teaches(ranks, tmp_path):
             assert found[f"wrong{count}"] < 1e-5
             assert found[f"frozen{count}"]
         assert found["closer2"] < 0.8
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["tables", "teacher"])
+def test_ranks_of_a_loop_of_ones_own_prepare_together(tmp_path, case):
+    port, started = str(free_port()), []
+    for rank in ("0", "1"):
+        env = {**os.environ, "RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+        env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
+        command = [sys.executable, "-m", "tests.distributed.elasticvit_jobs", case, str(tmp_path)]
+        started.append(subprocess.Popen(command, env=env, cwd=Path(__file__).resolve().parents[2]))
+    try:
+        assert [process.wait(300) for process in started] == [0, 0]
+    finally:
+        for process in started:
+            process.kill()
+    first, second = (json.loads((tmp_path / f"found{rank}.json").read_text()) for rank in (0, 1))
+    assert not first["before"]
+    assert first["ranks"] == second["ranks"] == 2
+    assert first == second
+    if case == "tables":
+        assert len(first["tables"]) == 3
+    else:
+        assert "(rank 1 of 2): efftrain.methods.elasticvit.teachers.0.weights" in first["error"]
+        assert "no such file" in first["error"]

@@ -300,6 +300,8 @@ def test_two_hundred_rebuilds_need_no_more_memory(ranks, stage):
     for result in ranks(jobs.many_job, stage, 200):
         settled = result["resident"][50:]
         assert max(settled) <= 1.02 * min(settled), [r >> 20 for r in result["resident"][::20]]
+        assert max(result["files"][50:]) == min(result["files"][50:]), result["files"][::20]
+        assert len(set(result["groups"])) == 1
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Checkpoints in the background, on a full disk, and in DeepSpeed's form."""
+"""Checkpoints in the background, on a full disk, after a kill, with one rank that fails, and in DeepSpeed's form."""
 
 from __future__ import annotations
 
@@ -68,3 +68,51 @@ def test_the_form_of_deepspeed(ranks, tmp_path, stage, dtype):
         assert not result["weights"]
         assert not result["state"]
         assert "DeepSpeed's own form" in result["refused"]
+
+
+slow = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    ("stage", "dtype"), [(2, "bf16"), pytest.param(3, "fp32", marks=slow), pytest.param(0, "fp32", marks=slow)]
+)
+def test_the_form_of_deepspeed_where_one_rank_fails(ranks, tmp_path, stage, dtype):
+    for result in ranks(jobs.native_fails_job, str(tmp_path), stage, dtype):
+        for writer, text in zip([0, 1, 0] if stage else [0], result["texts"], strict=True):
+            assert f"rank {writer}: OSError: [Errno 28] No space left on device" in text
+            assert "DeepSpeed could not write its checkpoint" in text
+        assert result["left"] == ["first"]
+        assert result["latest"] == "first"
+        assert result["next"] == "second"
+        both, one = result["refused"]
+        assert 'found keep and background together with form="deepspeed"' in both
+        assert 'found background together with form="deepspeed"' in one
+        assert "is damaged" in result["damaged"]
+        assert ("(rank 1 of 2)" in result["damaged"]) == bool(stage)
+        assert "third" in result["missing"]
+        assert result["unchanged"]
+
+
+@pytest.mark.parametrize("stage", [2, pytest.param(3, marks=slow)])
+def test_one_rank_that_cannot_copy_or_read(ranks, tmp_path, stage):
+    for result in ranks(jobs.read_fails_job, str(tmp_path), stage):
+        assert "rank 0: OSError: [Errno 5] Input/output error" in result["frozen"]
+        assert "read in part only, the engine cannot be used any more (rank 1 of 2)" in result["read"]
+        assert result["again"] is None
+
+
+def test_a_tag_that_was_being_replaced_is_found(ranks, tmp_path):
+    for result in ranks(jobs.recovered_job, str(tmp_path)):
+        assert result["path"] == str(tmp_path / "last")
+        assert not result["state"]
+
+
+@pytest.mark.parametrize("background", [True, pytest.param("sync", marks=slow)])
+def test_leaving_completes_a_save_or_gives_up(ranks, tmp_path, background):
+    first, second = ranks(jobs.leaving_job, str(tmp_path), background)
+    for result in (first, second):
+        assert result["sealed"] == ["latest", "step-00000001"]  # on both ranks before they went on
+        assert result["idle"]
+        assert result["left"] == ["latest", "step-00000001"]
+        assert result["latest"] == "step-00000001"
+    assert first["seconds"] >= 0.3

@@ -75,10 +75,17 @@ class Recording(Trainer):
     def __init__(self, config, stop: int | None = None, **kwargs):
         super().__init__(config, **kwargs)
         self.stop, self.losses, self.sides = stop, [], []
+        self._of_engine = None
 
-    def _loss(self, logits, batch, denominator):
-        loss = super()._loss(logits, batch, denominator)
-        self.losses.append((self.engine.step_index, float(loss), batch.ids.tolist()))
+    def _train_step(self, batches):
+        if not self._of_engine:  # the loss may be a method's own
+            self._of_engine = self.engine.loss
+            self.engine.loss = self._recorded
+        super()._train_step(batches)
+
+    def _recorded(self, logits, batch, default):
+        loss = self._of_engine(logits, batch, default)
+        self.losses.append((self.engine.step_index, float(loss.detach()), batch.ids.tolist()))
         self.sides.append((self.engine.step_index, batch.images.shape[-1], len(batch)))
         return loss
 
@@ -133,6 +140,7 @@ def resume_run(folder: str, stage: int, stops: list[int], changes: dict | None =
         for trainer in (first, second):
             trainer.engine.destroy()
     whole.engine.destroy()
+    assert expected
     return {"problems": problems, "steps": len({s for s, *_ in expected}), "sides": whole.sides, "screen": screen}
 
 

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from efftrain_ds.checkpoint.folder import newest_good, verify
 from efftrain_ds.core.errors import CheckpointError
@@ -21,6 +22,7 @@ from efftrain_ds.core.errors import CheckpointError
 from .fleet import ROOT, Fleet, Outcome, limit_file_size
 from .saving_loop import trials
 from .setup_of_runs import EVERY, STEPS, config_of, debris, events, final_state, resumed_at
+from .small_disk import fill, small_disk
 
 
 @dataclass
@@ -60,17 +62,21 @@ class Suite:
     def __init__(self, folder: Path, full: bool = False):
         self.folder, self.full = folder, full
         self.fleet = Fleet(folder / "logs")
-        self._reference: dict[str, str] | None = None
+        self._references: dict[str, dict[str, str]] = {}
 
     @property
     def reference(self) -> dict[str, str]:
         """Final state of the uninterrupted run."""
-        if self._reference is None:
-            output = self.folder / "reference"
-            outcome = self.fleet.run(config_of(output))
+        return self.reference_of("reference", {})
+
+    def reference_of(self, name: str, methods: dict[str, Any]) -> dict[str, str]:
+        """Final state of an uninterrupted run with other methods; `name` is its folder."""
+        if name not in self._references:
+            output = self.folder / name
+            outcome = self.fleet.run(config_of(output, **methods))
             assert outcome.codes == [0, 0], outcome.text[0][-3000:]
-            self._reference = final_state(output)
-        return self._reference
+            self._references[name] = final_state(output)
+        return self._references[name]
 
     def fresh(self, name: str) -> Path:
         """An empty output folder."""
@@ -78,14 +84,16 @@ class Suite:
         shutil.rmtree(output, ignore_errors=True)
         return output
 
-    def go_on(self, output: Path, broken: Outcome, **changes: object) -> tuple[list[str], int, float]:
+    def go_on(
+        self, output: Path, broken: Outcome, reference: dict[str, str] | None = None, **changes: object
+    ) -> tuple[list[str], int, float]:
         """Run again without a fault: it must end with the state of the uninterrupted run."""
         before = time.time()
         again = self.fleet.run(config_of(output, **changes))
         problems = []
         if again.codes != [0, 0]:
             return [f"the second run ended with {again.codes}: {again.text[0][-400:]}"], STEPS, again.seconds
-        if final_state(output) != self.reference:
+        if final_state(output) != (self.reference if reference is None else reference):
             problems.append("the end differs from the uninterrupted run")
         if debris(output):
             problems.append(f"left behind: {debris(output)}")
@@ -122,7 +130,20 @@ class Suite:
             if lost > EVERY:
                 found.append(f"{lost} steps lost, the interval is {EVERY}")
             row.trial(fault, problems + found, lost, recovery)
+        if self.full:
+            self._killed_inside(row)
         return row
+
+    def _killed_inside(self, row: Row) -> None:
+        """Kills inside what only some methods do: a change of masks, the measurements of a search."""
+        for name, (fault, methods) in _INSIDE.items():
+            output, reference = self.fresh(f"killed-{name}"), self.reference_of(name, methods)
+            broken = self.fleet.run(config_of(output, **methods), faults=fault, grace_s=8)
+            problems = [] if broken.codes[1] == -signal.SIGKILL else [f"rank 1 ended with {broken.codes[1]}"]
+            found, lost, recovery = self.go_on(output, broken, reference, **methods)
+            if lost > EVERY:
+                found.append(f"{lost} steps lost, the interval is {EVERY}")
+            row.trial(fault, problems + found, lost, recovery)
 
     def killed_while_saving(self) -> Row:
         """F2: killed between the shards, the manifest, the rename and the pointer: always a readable checkpoint."""
@@ -140,10 +161,38 @@ class Suite:
             if resumed_at(output) != step:
                 found.append(f"resumed at {resumed_at(output)}, expected {step}")
             row.trial(point, problems + found, lost, recovery)
+        if self.full:
+            self._killed_in_background(row)
         count = 100 if self.full else 6
         found = trials(self.folder, count)
         row.trials, row.passed, row.problems = row.trials + count, row.passed + count - len(found), row.problems + found
         return row
+
+    def _killed_in_background(self, row: Row) -> None:
+        """The same where threads write the checkpoint, or wait for the disk, beside the training."""
+        for background, fault in _IN_BACKGROUND:
+            output, changes = self.fresh("background"), {"efftrain/checkpoint/background": background}
+            broken = self.fleet.run(config_of(output, **changes), faults=fault, grace_s=12)
+            killed = [r for r, c in enumerate(broken.codes) if c == -signal.SIGKILL and r not in broken.orphans]
+            problems = [] if killed else [f"nobody was killed by the fault: {broken.codes}"]
+            found, lost, recovery = self.go_on(output, broken, **changes)
+            if resumed_at(output) not in (EVERY, 2 * EVERY):
+                found.append(f"resumed at {resumed_at(output)}, a checkpoint of step {EVERY} was complete")
+            row.trial(f"background {background}, {fault}", problems + found, lost, recovery)
+        for background, point in ((True, "save.rank_file"), ("sync", "save.before_sync")):
+            self._ended_beside_a_save(row, background, point)
+
+    def _ended_beside_a_save(self, row: Row, background: bool | str, point: str) -> None:
+        """A run that ends by an error of all ranks while a save is running leaves it complete."""
+        output = self.fresh("ended")
+        changes = {"efftrain/checkpoint/background": background, "efftrain/guard/max_nonfinite": 2}
+        config = _poisoned(config_of(output, **changes), {"loss": [EVERY, EVERY + 1]})
+        outcome = self.fleet.run(config, faults=f"{point}:sleep=3,rank=1")
+        problems = [] if outcome.codes == [76, 76] else [f"ended with {outcome.codes}: {outcome.text[0][-400:]}"]
+        found = newest_good(output / "checkpoints")
+        if found is None or found.name != f"step-{EVERY:08d}" or debris(output):
+            problems.append(f"the save was lost: {found}, {debris(output)}")
+        row.trial(f"ended with 76 beside a save in the background ({background})", problems)
 
     # -- F3: damage ----------------------------------------------------------------------------------------------
 
@@ -188,7 +237,7 @@ class Suite:
 
     def disk_full(self) -> Row:
         """F4: writes fail in the middle of a run; it goes on, and saves again when there is room."""
-        row = Row("F4 disk full while saving")
+        row = Row("F4 disk full, with curves and pictures")
         cases = {}
         if self.full:
             cases = {
@@ -199,8 +248,38 @@ class Suite:
         for name, fault in cases.items():
             output = self.fresh("disk-full")
             changes = {"efftrain/checkpoint/background": True} if "background" in name else {}
-            outcome = self.fleet.run(config_of(output, **changes), faults=fault)
+            outcome = self.fleet.run(config_of(output, **_WATCHED, **changes), faults=fault)
             row.trial(name, self._survived(output, outcome))
+        output = self.fresh("disk-full-real")
+        with small_disk(output, 64) as real:
+            if real:
+                row.trial("a full file system", self._on_a_full_disk(output))
+        if self.full or not real:
+            row.trial("RLIMIT_FSIZE", self._limited())
+        return row
+
+    def _on_a_full_disk(self, output: Path) -> list[str]:
+        """Not a byte can be written from the first checkpoint on until the next one has failed."""
+
+        def squeeze(pids: list[int]) -> None:
+            while not (output / "checkpoints" / "latest").exists() and _alive(pids[0]):
+                time.sleep(0.02)
+            ballast = fill(output)
+            while not self.fleet.said("checkpoint not saved") and _alive(pids[0]):
+                time.sleep(0.02)
+            ballast.unlink()
+
+        outcome = self.fleet.run(config_of(output, **_WATCHED), during=squeeze)
+        problems = self._survived(output, outcome)
+        for what in ("TensorBoard files", "pictures"):
+            if outcome.text[0].count(f"{what} cannot be written, the run goes on") != 1:
+                problems.append(f"{what}: one warning expected in {outcome.text[0][-2000:]}")
+        if sorted({e["step"] for e in events(output, "log")}) != list(range(1, STEPS + 1)):
+            problems.append("events are lost that could have waited")
+        return problems
+
+    def _limited(self) -> list[str]:
+        """No file can have more bytes than a small checkpoint needs: writing it fails half way."""
         output = self.fresh("disk-full-limit")
 
         def squeeze(pids: list[int]) -> None:
@@ -218,9 +297,7 @@ class Suite:
                 if _alive(pid):
                     limit_file_size(pid, -1)
 
-        outcome = self.fleet.run(config_of(output), during=squeeze)
-        row.trial("RLIMIT_FSIZE", self._survived(output, outcome))
-        return row
+        return self._survived(output, self.fleet.run(config_of(output, **_WATCHED), during=squeeze))
 
     def _survived(self, output: Path, outcome: Outcome) -> list[str]:
         problems = [] if outcome.codes == [0, 0] else [f"ended with {outcome.codes}: {outcome.text[0][-400:]}"]
@@ -239,32 +316,25 @@ class Suite:
 
     def signalled(self) -> Row:
         """F5: SIGTERM in every phase: saved at most one step later, exit 75 on all ranks, the end is the same."""
-        row = Row("F5 SIGTERM at one rank, in evaluation, in a rebuild, at all")
+        row = Row("F5 SIGTERM at one rank, in evaluation, in a rebuild, beside a save in the background, at all")
+        # with the step after which it must be saved at the latest: that of the signal, which the ranks complete
         cases = {
-            "rank 0, twice at once": "step.begin:term,rank=0,hit=5; step.before_update:term,rank=0,hit=5",
-            "evaluation, rank 1": "eval.batch:term,rank=1,hit=2",
+            "rank 0, twice at once": ("step.begin:term,rank=0,hit=5; step.before_update:term,rank=0,hit=5", 5),
+            "evaluation, rank 1": ("eval.batch:term,rank=1,hit=2", 6),
         }
         if self.full:
             cases |= {
-                "rebuild, rank 0": "rebuild.create:term,rank=0",
-                "rank 0 only": "step.begin:term,rank=0,hit=5",
-                "all ranks": "step.before_update:term,hit=4",
-                "SIGINT": "step.begin:int,rank=1,hit=2",
-                "while saving": "save.rank_file:term,rank=1,hit=1",
-                "first step": "step.begin:term,hit=1",
+                "rebuild, rank 0": ("rebuild.create:term,rank=0", 7),
+                "rank 0 only": ("step.begin:term,rank=0,hit=5", 5),
+                "all ranks": ("step.before_update:term,hit=4", 4),
+                "SIGINT": ("step.begin:int,rank=1,hit=2", 2),
+                "while saving": ("save.rank_file:term,rank=1,hit=1", 4),
+                "first step": ("step.begin:term,hit=1", 1),
+                "background": ("save.rank_file:sleep=4,rank=0,hit=1; step.begin:term,rank=1,hit=4", 4),
+                "background sync": ("save.before_sync:sleep=4,rank=1,hit=1; step.begin:term,rank=0,hit=4", 4),
             }
-        for name, fault in cases.items():
-            output = self.fresh("signalled")
-            held_out = _HELD_OUT if "eval" in fault else {}
-            broken = self.fleet.run(config_of(output, **held_out), faults=fault)
-            problems = [] if broken.codes == [75, 75] else [f"ended with {broken.codes}: {broken.text[0][-400:]}"]
-            saved = events(output, "preempted")
-            if not saved or saved[-1]["seconds"] > 30:
-                problems.append(f"not saved within 30 s: {saved}")
-            found, lost, recovery = self.go_on(output, broken, **held_out)
-            if lost > 0:
-                found.append(f"{lost} steps lost")
-            row.trial(name, problems + found, max(lost, 0), recovery)
+        for name, (fault, step) in cases.items():
+            self._signalled(row, name, fault, step)
         if not self.full:
             return row
         row.trial("the launcher's group", self._launcher_signalled())
@@ -275,6 +345,38 @@ class Suite:
         found, lost, recovery = self.go_on(output, broken)
         row.trial("again 3 s later", problems + found, lost, recovery)
         return row
+
+    def _signalled(self, row: Row, name: str, fault: str, step: int) -> None:
+        output = self.fresh("signalled")
+        beside = "background" in name
+        changes: dict[str, Any] = _HELD_OUT if "eval" in fault else {}
+        if beside:
+            changes = {"efftrain/checkpoint/background": "sync" if "sync" in name else True}
+        broken, seconds = self._seconds_to_the_end(config_of(output, **changes), fault)
+        problems = [] if broken.codes == [75, 75] else [f"ended with {broken.codes}: {broken.text[0][-400:]}"]
+        saved = events(output, "preempted")
+        if not saved or saved[-1]["step"] > step or seconds > 30:
+            problems.append(f"ended {seconds:.1f} s after the signal, saved (step {step} is the last): {saved}")
+        if beside and not any(e["step"] == EVERY for e in events(output, "checkpoint")):
+            problems.append("no save was running")
+        if beside and saved and saved[-1]["seconds"] < 0.5:
+            problems.append(f"the save before was complete already: {saved}")
+        found, lost, recovery = self.go_on(output, broken, **changes)
+        if lost > 0:
+            found.append(f"{lost} steps lost")
+        row.trial(name, problems + found, max(lost, 0), recovery)
+
+    def _seconds_to_the_end(self, config: dict, fault: str) -> tuple[Outcome, float]:
+        """A run in which a rank signals itself, and the seconds from there until all ranks have ended."""
+        heard: list[float] = []
+
+        def listen(pids: list[int]) -> None:
+            while not self.fleet.said(_HEARD) and any(_alive(pid) for pid in pids):
+                time.sleep(0.02)
+            heard.append(time.monotonic())
+
+        outcome = self.fleet.run(config, faults=fault, during=listen)
+        return outcome, time.monotonic() - heard[0]
 
     def _launcher_signalled(self) -> list[str]:
         """SIGTERM to DeepSpeed's launcher, which passes it on, and to the ranks at the same time."""
@@ -353,20 +455,33 @@ class Suite:
 
     def stalled(self) -> Row:
         """F10: a rank stops answering: all end in time, with stacks and the name of the late one."""
-        row = Row("F10 a rank stalls (SIGSTOP)")
-        output, limit = self.fresh("stalled"), 4.0
-        start = time.monotonic()
-        outcome = self.fleet.run(
-            config_of(output, **{"efftrain/guard/stall_s": limit}), faults="step.begin:stop,rank=1,hit=4", grace_s=10
-        )
-        problems = []
-        if outcome.codes[0] != 78 or outcome.orphans:
-            problems.append(f"ended with {outcome.codes}, killed by the driver: {outcome.orphans}")
-        if not list(output.rglob("stall.rank0.txt")):
-            problems.append("no stack dump")
-        if "rank 1" not in outcome.text[0]:
-            problems.append("the late rank is not named")
-        row.trial("SIGSTOP of rank 1", problems, recovery=time.monotonic() - start)
+        row = Row("F10 a rank stalls (SIGSTOP, in its own code, in another collective)")
+        limit = 4.0
+        cases: dict[str, tuple[str, dict[str, Any]]] = {"SIGSTOP": ("step.begin:stop,rank=1,hit=4", {})}
+        if self.full:
+            cases["in its own code"] = ("step.begin:sleep=1000,rank=1,hit=4", {})
+            cases["in another collective"] = ("", {"elsewhere": 3})
+        for name, (fault, poison) in cases.items():
+            output = self.fresh("stalled")
+            config = _poisoned(config_of(output, **{"efftrain/guard/stall_s": limit}), poison)
+            outcome = self.fleet.run(config, faults=fault, grace_s=10)
+            seconds = time.time() - max((e["time"] for e in events(output, "log")), default=0.0)
+            problems = []
+            # a stopped process is killed by the others
+            expected = [78, -signal.SIGKILL if "stop" in fault else 78]
+            if outcome.codes != expected or outcome.orphans:
+                problems.append(f"ended with {outcome.codes}, killed by the driver: {outcome.orphans}")
+            if seconds > limit + 10:
+                problems.append(f"ended {seconds:.1f} s after the last step")
+            for rank, code in enumerate(expected):
+                if code == 78 and not list(output.rglob(f"stall.rank{rank}.txt")):
+                    problems.append(f"no stack dump of rank {rank}")
+            said = "".join(outcome.text)
+            # in another collective none of two is late, but it is said where each of them waits
+            named = "late: rank 1 " in said if not poison else "rank 1 in barrier, called by loss_term" in said
+            if not named:
+                problems.append("the rank is not named")
+            row.trial(name, problems, recovery=seconds)
         return row
 
     def disagreeing(self) -> Row:
@@ -483,6 +598,30 @@ CASES: dict[str, Callable[[Suite], Row]] = {
 
 
 _HELD_OUT = {"efftrain/data/val": "bundled:fashion_mnist/val"}
+_WATCHED: dict[str, Any] = {"efftrain/observe/tensorboard": ..., "efftrain/observe/images_every": ...}
+"""Curves and pictures, as without any setting."""
+_HEARD = "press again to abort"
+"""What a rank writes when it has got a signal."""
+_SEARCH = {"stages": 2, "search": {"epochs": 0.012, "probe_samples": 24, "cost": "macs"}}
+_INSIDE: dict[str, tuple[str, dict[str, Any]]] = {
+    "svite": (
+        "mask.update:kill,rank=1,hit=2",
+        {"efftrain/methods": {"svite": {"density": 0.5, "update_every": "2st"}}},
+    ),
+    "search": ("search.measure:kill,rank=1,hit=8", {"efftrain/methods": {"autoprog": _SEARCH}}),
+}
+"""Kills inside what only some methods do: the fault and the methods."""
+_IN_BACKGROUND: list[tuple[bool | str, str]] = [
+    (True, "save.rank_file:kill,rank=1,hit=3"),
+    (True, "save.rank_file:kill,rank=0,hit=6"),
+    (True, "save.before_manifest:kill,hit=2"),
+    (True, "save.before_latest:kill,hit=2"),
+    ("sync", "save.rank_file:kill,rank=1,hit=3"),
+    ("sync", "save.before_sync:kill,rank=1,hit=2"),
+    ("sync", "save.before_manifest:kill,hit=2"),
+    ("sync", "save.before_latest:kill,hit=2"),
+]
+"""Kills in the second save of a run that saves beside the training: how, and where."""
 
 
 def _poisoned(config: dict, what: dict) -> dict:

@@ -73,6 +73,7 @@ class Fleet:
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload(["efftrain_ds.trainer", "deepspeed", "timm"])
         self._runs = 0
+        self._logs: list[Path] = []
 
     def run(
         self,
@@ -99,7 +100,7 @@ class Fleet:
         self._runs += 1
         path = self.folder / f"config-{self._runs}.json"
         path.write_text(json.dumps(config))
-        logs = [self.folder / f"log-{self._runs}.rank{rank}.txt" for rank in range(world)]
+        logs = self._logs = [self.folder / f"log-{self._runs}.rank{rank}.txt" for rank in range(world)]
         common = {
             "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "WORLD_SIZE": str(world),
             "LOCAL_WORLD_SIZE": str(world), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu",
@@ -119,6 +120,10 @@ class Fleet:
         orphans = _wait(processes, start, grace_s)
         text = [log.read_text(errors="replace") if log.exists() else "" for log in logs]
         return Outcome([p.exitcode for p in processes], text, time.monotonic() - start, orphans)
+
+    def said(self, text: str) -> bool:
+        """True once some rank of the run that is going on has written `text`; for `during`."""
+        return any(log.exists() and text in log.read_text(errors="replace") for log in self._logs)
 
 
 def _wait(processes: list[Any], start: float, grace_s: float) -> list[int]:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
+import torch.distributed as dist
 
 from efftrain_ds.core.method import Method
 from efftrain_ds.core.registry import register_method
@@ -13,11 +14,15 @@ from efftrain_ds.core.strict import StrictModel
 
 
 class PoisonConfig(StrictModel):
-    """Steps at which rank 1's loss (or one gradient) is not a number, and at which it decides otherwise."""
+    """Steps at which rank 1's loss (or one gradient) is not a number, and at which it decides otherwise.
+
+    `elsewhere`: step at which it goes into a collective that the others do not call.
+    """
 
     loss: list[int] = []
     gradient: list[int] = []
     decision: int | None = None
+    elsewhere: int | None = None
 
 
 @register_method
@@ -27,10 +32,18 @@ class Poison(Method):
     name: ClassVar[str] = "poison"
     Config: ClassVar[type[PoisonConfig]] = PoisonConfig
     config: PoisonConfig
+    _other: Any = None
+
+    def on_stage_enter(self, ctx, stage):
+        # a group of its own: in the common one gloo would notice that the sizes do not fit
+        if self.config.elsewhere is not None and self._other is None:
+            self._other = dist.new_group()
 
     def loss_term(self, ctx, outputs, batch):
         if ctx.rank != 1:
             return None
+        if ctx.step == self.config.elsewhere:
+            dist.barrier(group=self._other)
         if ctx.step in self.config.loss:
             return outputs.sum() * float("nan")
         if ctx.step in self.config.gradient:

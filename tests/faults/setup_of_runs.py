@@ -13,7 +13,7 @@ EVERY = 3
 
 
 def config_of(output: Path, **changes: Any) -> dict[str, Any]:
-    """A growing ViT on the bundled images at ZeRO-2; `changes` are dotted paths with "/" for the dots."""
+    """A growing ViT on the bundled images at ZeRO-2; `changes` are paths with "/" for the dots, ... is the default."""
     config: dict[str, Any] = {
         "train_batch_size": 16,
         "train_micro_batch_size_per_gpu": 4,

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ...core import faults
 from ...core.batch import Batch
 from ...core.context import Context
 from ...core.errors import ConfigError
@@ -104,6 +105,7 @@ class Search:
         with torch.no_grad(), engine.evaluating(ema=engine.ema is not None):
             dtype = next(engine.module.parameters()).dtype
             for batch in batches:
+                faults.point("search.measure")
                 batch = batch.to(ctx.device)
                 images = normalised(batch.images, batch.mean, batch.std)
                 for i, option in enumerate(self.options):

@@ -159,11 +159,13 @@ class ElasticViTConfig(StrictModel):
     rows: int = Field(5000, ge=1)
     """Sub-networks in the table of each level, from which new ones are drawn."""
     tables: str | None = None
-    """Folder of the tables: read where they are there, otherwise written. null makes them at each start."""
+    """Folder of the tables: those that are there are read, they must be of this space, seed and number of rows (or
+    more); missing ones are made and written. null makes all of them at each start."""
     bank: BankConfig | None = BankConfig()
     """Memory bank; null = none, every sub-network is new."""
     teachers: tuple[TeacherConfig, ...] = ()
-    """None: labels alone. One: half labels, half its predictions. Two and more: their mean prediction alone."""
+    """None: labels alone. One: half labels, half its predictions. Two and more: their mean prediction alone. There is
+    none by default, as a teacher must know the classes of the run."""
     temperature: float = Field(TEMPERATURE, gt=0)
     """Divides the teachers' logits; below 1 it sharpens."""
     label_smoothing: float = Field(0.1, ge=0, lt=1)

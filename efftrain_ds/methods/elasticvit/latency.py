@@ -1,17 +1,7 @@
 """Latency of sub-networks: what a provider can do, MACs as one, and tables of measured blocks.
 
 A provider has `unit`, `device`, `keys(config)` (the parts of a sub-network that it prices), `predict(config)` and
-`coverage(space)`. The keys of ElasticViT's blocks follow the grammar of the published block tables of nn-Meter, so that
-those can be imported: fields joined by ``_``, sides of the maps in front of a block, rounded up where they are odd.
-
-- ``firstconv_{side}_{channels}_{width}_2_3``: the opening convolution
-- ``conv_{side}_{inputs}_{width}_{expand}_{stride}_hard_swish_{kernel}_{se|nose}``: an inverted-residual block
-- ``transds_{side}_{inputs}_{width}_{stride}_6``: the first block of a transformer stage
-- ``transattn_{side}_{width}_hard_swish_{v_scale}_ln`` and ``transffn_{side}_{width}_{mlp}_hard_swish_ln``
-- ``mbpool_{side}_{width}_{features}_6_hard_swish``: the head
-
-Plain transformers have ``patch_{side}_{patch}_{width}``, ``attn_{tokens}_{width}_{heads}_{head_dim}``,
-``mlp_{tokens}_{width}_{hidden}`` and ``head_{width}_{classes}``.
+`coverage(space)`. The grammar of the keys is that of `latency_keys`.
 """
 
 from __future__ import annotations
@@ -27,8 +17,10 @@ from typing import Any, Protocol
 import numpy as np
 
 from ...core.errors import ConfigError
+from ...core.files import write_whole
 from ...core.rng import numpy_rng
-from ...models.elastic import HybridConfig, HybridSpace, PlainConfig, PlainSpace, Space
+from ...models.elastic import Space
+from .latency_keys import block_keys
 
 SCHEMA = 1
 
@@ -94,50 +86,6 @@ class MacsCost:
         return Coverage(0, 0, {})
 
 
-# -- keys ------------------------------------------------------------------------------------------------------------
-
-
-def block_keys(space: Space[Any], config: Any) -> list[str]:
-    """Keys of the blocks of a sub-network, in running order, with repeats.
-
-    Raises:
-        ConfigError: a kind of space without a grammar.
-    """
-    if isinstance(space, HybridSpace):
-        return _hybrid_keys(space, config)
-    if isinstance(space, PlainSpace):
-        return _plain_keys(space, config)
-    raise ConfigError(f"{type(space).__name__} has no grammar for keys of blocks")
-
-
-def _hybrid_keys(space: HybridSpace, config: HybridConfig) -> list[str]:
-    keys = [f"firstconv_{config.resolution}_{space.in_chans}_{config.stages[0].width}_2_3"]
-    side, inputs = -(-config.resolution // 2), config.stages[0].width
-    for spec, stage in zip(space.stages, config.stages, strict=True):
-        before, side = side, -(-side // spec.stride)
-        width = stage.width
-        if spec.is_vit:
-            keys.append(f"transds_{before}_{inputs}_{width}_{spec.stride}_{space.first_expand}")
-            attention = f"transattn_{side}_{width}_hard_swish_{stage.v_scale}_ln"
-            keys += [attention, f"transffn_{side}_{width}_{stage.mlp}_hard_swish_ln"] * stage.depth
-        else:
-            end = f"hard_swish_{stage.kernel}_{'se' if spec.se else 'nose'}"
-            keys.append(f"conv_{before}_{inputs}_{width}_{stage.expand}_{spec.stride}_{end}")
-            keys += [f"conv_{side}_{width}_{width}_{stage.expand}_1_{end}"] * (stage.depth - 1)
-        inputs = width
-    keys.append(f"mbpool_{side}_{inputs}_{space.head_width}_{space.head_expand}_hard_swish")
-    return keys
-
-
-def _plain_keys(space: PlainSpace, config: PlainConfig) -> list[str]:
-    tokens = (config.resolution // space.patch) ** 2 + int(space.class_token)
-    width = config.width
-    keys = [f"patch_{config.resolution}_{space.patch}_{width}"]
-    for heads, ratio in zip(config.heads, config.mlp, strict=True):
-        keys += [f"attn_{tokens}_{width}_{heads}_{space.head_dim}", f"mlp_{tokens}_{width}_{int(width * ratio)}"]
-    return [*keys, f"head_{width}_{space.num_classes}"]
-
-
 # -- tables ----------------------------------------------------------------------------------------------------------
 
 
@@ -175,6 +123,7 @@ class LatencyTable:
         scale: by which sums are multiplied, from a comparison with whole networks (`calibrated`).
         error: mean relative error of whole networks in that comparison; None: not compared, so uncalibrated.
         rank: Spearman's correlation there.
+        options: of the networks, e.g. their normalisation (`Space.options`); None where they are not known.
     """
 
     device: str
@@ -188,9 +137,14 @@ class LatencyTable:
     scale: float = 1.0
     error: float | None = None
     rank: float | None = None
+    options: Mapping[str, Any] | None = None
 
     def save(self, path: Path | str) -> None:
-        """Write a JSON file of schema 1."""
+        """Write a JSON file of schema 1; a stop in the middle leaves the one before.
+
+        Raises:
+            ConfigError: it cannot be written.
+        """
         data = {
             "schema": SCHEMA,
             **{name: getattr(self, name) for name in _HEAD},
@@ -198,11 +152,16 @@ class LatencyTable:
                 key: {"median": t.median, "p10": t.p10, "p90": t.p90, "n": t.n} for key, t in self.entries.items()
             },
         }
-        Path(path).write_text(json.dumps(data, indent=1) + "\n")
+        path = Path(path)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(path, json.dumps(data, indent=1) + "\n")
+        except OSError as error:
+            raise ConfigError(f"cannot write {path}: {error}") from error
 
 
-_HEAD = ("device", "runtime", "threads", "batch", "dtype", "space_hash", "unit", "scale", "error", "rank")
-_OPTIONAL = ("unit", "scale", "error", "rank")
+_HEAD = ("device", "runtime", "threads", "batch", "dtype", "space_hash", "unit", "scale", "error", "rank", "options")
+_OPTIONAL = ("unit", "scale", "error", "rank", "options")
 _TYPES: dict[str, tuple[type, ...]] = {
     "device": (str,),
     "runtime": (str,),
@@ -214,6 +173,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "scale": (int, float),
     "error": (int, float, type(None)),
     "rank": (int, float, type(None)),
+    "options": (dict, type(None)),
 }
 
 
@@ -295,16 +255,22 @@ class TableLatency:
     Args:
         space: of the supernet.
         table: times of its blocks.
+        options: of the supernet (`Space.options`); None takes any.
 
     Raises:
-        ConfigError: the table was measured for another space.
+        ConfigError: the table was measured for another space, or for networks with other options.
     """
 
-    def __init__(self, space: Space[Any], table: LatencyTable) -> None:
+    def __init__(self, space: Space[Any], table: LatencyTable, options: Mapping[str, Any] | None = None) -> None:
         if table.space_hash not in (None, space.hash):
             raise ConfigError(
                 f"the latency table of {table.device} was measured for the space {table.space_hash}, this one is "
                 f"{space.hash}"
+            )
+        if None not in (table.options, options) and table.options != options:
+            raise ConfigError(
+                f"the latency table of {table.device} was measured for networks with {dict(table.options or {})}, "
+                f"these have {dict(options or {})}"
             )
         self.space, self.table = space, table
         self.unit, self.device = table.unit, table.device
@@ -323,7 +289,10 @@ class TableLatency:
         keys = self.keys(config)
         for key in keys:
             if key not in entries:
-                raise ConfigError(f'the latency table of {self.device} has no entry "{key}"')
+                hint = '; "efftrain search subnet FILE --measure_latency TABLE" measures those that are missing'
+                raise ConfigError(
+                    f'the latency table of {self.device} has no entry "{key}"' + hint * bool(self.table.space_hash)
+                )
         return self.table.scale * math.fsum(entries[key].median for key in keys)
 
     def coverage(self, space: Space[Any] | None = None, sample: int = 300, seed: int = 0) -> Coverage:

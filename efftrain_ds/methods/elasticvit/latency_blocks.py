@@ -7,8 +7,7 @@ far such sums may be trusted.
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,8 @@ from torch import Tensor, nn
 from ...core.errors import ConfigError
 from ...cost.throughput import machine_name
 from ...models.elastic import HybridSpace, PlainSpace, Space
-from .latency import Coverage, LatencyTable, TableLatency, Timing, block_keys, calibrated
+from .latency import Coverage, LatencyTable, TableLatency, Timing, calibrated
+from .latency_keys import block_keys
 from .latency_ort import OrtLatency, onnx_bytes, require, session_of, time_sessions
 
 TOGETHER = 32
@@ -138,14 +138,16 @@ class BlockLatency:
         space: of the supernet.
         net: supernet whose weights are used; a fresh one if None (times do not depend on the weights).
         table: of earlier measurements on this machine, to go on from.
-        file: to which the table is written whenever it has grown; None writes none.
+        file: to which the table is written whenever it has changed; None writes none.
         threads: of the sessions.
         warmup: runs before the first round.
         runs: of each block in all, at least.
         rounds: interleaved.
+        tell: shows how far a long measurement is.
 
     Raises:
-        ConfigError: a package is missing, or the table is of another space, machine or number of threads.
+        ConfigError: a package is missing, or the table is of another space or kind of network, of another machine,
+            version of ONNX Runtime or number of threads.
     """
 
     unit = "ms"
@@ -161,21 +163,25 @@ class BlockLatency:
         warmup: int = 10,
         runs: int = 50,
         rounds: int = 3,
+        tell: Callable[[str], None] = lambda text: None,
     ) -> None:
         require()
         import onnxruntime
 
-        self.space, self.device, self._net = space, machine_name(), net
-        runtime = f"onnxruntime {onnxruntime.__version__}"
+        self.space, self.device, self._tell = space, machine_name(), tell
+        self._net = space.supernet() if net is None else net
+        runtime, options = f"onnxruntime {onnxruntime.__version__}", space.options(self._net)
         if table is not None:
-            TableLatency(space, table)
-            if (table.device, table.threads) != (self.device, threads):
+            TableLatency(space, table, options)
+            if (table.device, table.runtime, table.threads) != (self.device, runtime, threads):
                 raise ConfigError(
-                    f"the latency table is of {table.device} with {table.threads} threads; this is {self.device} with "
-                    f"{threads}"
+                    f"the latency table is of {table.device}, {table.runtime} with {table.threads} threads; this is "
+                    f"{self.device}, {runtime} with {threads}"
                 )
         self._entries: dict[str, Timing] = {} if table is None else dict(table.entries)
-        self.table = table or LatencyTable(self.device, runtime, threads, 1, "float32", space.hash, self._entries)
+        self.table = table or LatencyTable(
+            self.device, runtime, threads, 1, "float32", space.hash, self._entries, options=options
+        )
         self._file = file
         self._threads, self._times = threads, {"warmup": warmup, "runs": runs, "rounds": rounds}
 
@@ -197,8 +203,6 @@ class BlockLatency:
         waiting: dict[str, tuple[Any, Any]] = {}
         for config in configs:
             if any(key not in self._entries and key not in waiting for key in self.keys(config)):
-                if self._net is None:
-                    self._net = self.space.supernet()
                 net = self.space.extract(self._net, config).eval().float().cpu()
                 x = torch.zeros(1, getattr(self.space, "in_chans", 3), config.resolution, config.resolution)
                 for key, module, change in parts(self.space, net, config):
@@ -218,18 +222,13 @@ class BlockLatency:
         for key, one in zip(waiting, time_sessions(sessions, inputs, **self._times), strict=True):
             self._entries[key] = one.timing()
         waiting.clear()
-        self.table = replace(self.table, entries=self._entries)
-        if self._file is not None:
-            self._save(self._file)
+        self._keep(replace(self.table, entries=self._entries))
+        self._tell(f"{len(self._entries):,} blocks measured")
 
-    def _save(self, path: Path) -> None:
-        """The table so far; a stop in the middle leaves the one before."""
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self.table.save(path.with_suffix(".tmp"))
-            os.replace(path.with_suffix(".tmp"), path)
-        except OSError as error:
-            raise ConfigError(f"cannot write {path}: {error}") from error
+    def _keep(self, table: LatencyTable) -> None:
+        self.table = table
+        if self._file is not None:
+            table.save(self._file)
 
     def predict(self, config: Any) -> float:
         """Sum over the blocks in milliseconds, after those without a time are measured."""
@@ -245,7 +244,7 @@ class BlockLatency:
         self.table = replace(self.table, scale=1.0)
         sums = [self.predict(config) for config in configs]
         whole = OrtLatency(self.space, self._net, threads=self._threads, **self._times).measure(configs)
-        self.table = calibrated(self.table, sums, [one.median for one in whole])
+        self._keep(calibrated(self.table, sums, [one.median for one in whole]))
         return self.table
 
     def coverage(self, space: Space[Any]) -> Coverage:

@@ -24,7 +24,8 @@ from ...core import packages
 from ...core.errors import ConfigError, ModelError
 from ...cost.throughput import machine_name
 from ...models.elastic import Space
-from .latency import Coverage, Timing, block_keys
+from .latency import Coverage, Timing
+from .latency_keys import block_keys
 
 
 @dataclass(frozen=True)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 
-from ...core.errors import ConfigError
+from ...core.errors import ConfigError, EffTrainError
 from ...models.elastic import Space
 
 Measure = Callable[[np.ndarray], np.ndarray]
@@ -36,6 +37,7 @@ class Limit:
         low: least cost.
         high: largest cost.
         cheap: whole tables can be measured in no time.
+        about: how costs are found, for people; may be empty.
     """
 
     name: str
@@ -44,6 +46,7 @@ class Limit:
     low: float
     high: float
     cheap: bool = True
+    about: str = ""
 
     def inside(self, codes: np.ndarray) -> np.ndarray:
         """Which rows are within the limit, [n] bool."""
@@ -85,8 +88,11 @@ def params_limit(space: Space[Any], high: float, low: float = 0, position: bool 
     return Limit("parameters", "", lambda codes: space.params_of(codes, position), low, high)
 
 
-def latency_limit(space: Space[Any], provider: Predictor, high: float, low: float = 0.0) -> Limit:
-    """Latency by a provider, from `low` to `high` in its unit. Each sub-network is asked for once."""
+def latency_limit(space: Space[Any], provider: Predictor, high: float, low: float = 0.0, *, about: str = "") -> Limit:
+    """Latency by a provider, from `low` to `high` in its unit. Each sub-network is asked for once.
+
+    What the provider raises, or answers that is no number, becomes a `ConfigError` when the limit is asked.
+    """
     known: dict[bytes, float] = {}
 
     def measure(codes: np.ndarray) -> np.ndarray:
@@ -94,11 +100,23 @@ def latency_limit(space: Space[Any], provider: Predictor, high: float, low: floa
         for j, row in enumerate(codes):
             key = row.tobytes()
             if key not in known:
-                known[key] = float(provider.predict(space.config(row)))
+                known[key] = _predicted(provider, space.config(row))
             costs[j] = known[key]
         return costs
 
-    return Limit(f"latency on {provider.device}", provider.unit, measure, low, high, cheap=False)
+    return Limit(f"latency on {provider.device}", provider.unit, measure, low, high, cheap=False, about=about)
+
+
+def _predicted(provider: Predictor, config: Any) -> float:
+    try:
+        value = float(provider.predict(config))
+    except EffTrainError:
+        raise
+    except Exception as error:  # a provider may be anybody's code
+        raise ConfigError(f"latency on {provider.device}: {type(error).__name__}: {error}") from error
+    if not math.isfinite(value):
+        raise ConfigError(f"latency on {provider.device}: {value} for {config}; a finite number is needed")
+    return value
 
 
 def inside(limits: Sequence[Limit], codes: np.ndarray) -> np.ndarray:

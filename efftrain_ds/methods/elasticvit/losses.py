@@ -7,6 +7,7 @@ that punishes a student which is too sure and one that punishes a student which 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,8 @@ from ...core.errors import ModelError
 LEAST = 1e-8
 CAP = 5.0
 TEMPERATURE = 0.2
+Reduction = Literal["mean", "none"]
+"""Mean over the batch, or the losses [B] of its samples."""
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -50,21 +53,28 @@ def soft_targets(logits: Sequence[Tensor], temperature: float = TEMPERATURE) -> 
         return torch.stack([(_wide(x) / temperature).softmax(-1) for x in logits]).mean(0)
 
 
-def soft_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
-    """Cross-entropy to probabilities, mean over the batch, in fp32 at least.
+def _reduced(each: Tensor, reduction: Reduction) -> Tensor:
+    return each.mean() if reduction == "mean" else each
+
+
+def soft_cross_entropy(logits: Tensor, target: Tensor, reduction: Reduction = "mean") -> Tensor:
+    """Cross-entropy to probabilities, in fp32 at least.
 
     Args:
         logits: [B, C].
         target: [B, C] probabilities; no gradient goes there.
+        reduction: "mean" over the batch, or "none" for the losses [B] of its samples.
 
     Raises:
         ModelError: other shapes.
     """
     _same(logits, target)
-    return -(_wide(target).detach() * _wide(logits).log_softmax(-1)).sum(-1).mean()
+    return _reduced(-(_wide(target).detach() * _wide(logits).log_softmax(-1)).sum(-1), reduction)
 
 
-def taught_loss(logits: Tensor, labels: Tensor | None, targets: Tensor | None, teachers: int) -> Tensor:
+def taught_loss(
+    logits: Tensor, labels: Tensor | None, targets: Tensor | None, teachers: int, reduction: Reduction = "mean"
+) -> Tensor:
     """Loss of a random sub-network: of labels without a teacher, half and half with one, of targets alone with more.
 
     Args:
@@ -72,17 +82,20 @@ def taught_loss(logits: Tensor, labels: Tensor | None, targets: Tensor | None, t
         labels: classes [B] or probabilities [B, C]; may be None with two teachers and more.
         targets: of the teachers (`soft_targets`), None without a teacher.
         teachers: how many there are.
+        reduction: "mean" over the batch, or "none" for the losses [B] of its samples.
     """
     if teachers == 0:
-        return _label_loss(logits, labels)
+        return _label_loss(logits, labels, reduction)
     assert targets is not None
-    soft = soft_cross_entropy(logits, targets)
-    return soft if teachers > 1 else 0.5 * _label_loss(logits, labels) + 0.5 * soft
+    soft = soft_cross_entropy(logits, targets, reduction)
+    return soft if teachers > 1 else 0.5 * _label_loss(logits, labels, reduction) + 0.5 * soft
 
 
-def _label_loss(logits: Tensor, labels: Tensor | None) -> Tensor:
+def _label_loss(logits: Tensor, labels: Tensor | None, reduction: Reduction) -> Tensor:
     assert labels is not None
-    return F.cross_entropy(_wide(logits), labels) if labels.ndim == 1 else soft_cross_entropy(logits, labels)
+    if labels.ndim == 1:
+        return F.cross_entropy(_wide(logits), labels, reduction=reduction)
+    return soft_cross_entropy(logits, labels, reduction)
 
 
 def _ratios(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -111,8 +124,8 @@ def divergences(logits: Tensor, target: Tensor, cap: float = CAP) -> tuple[Tenso
     return 0.5 * (q * (back.clamp_max(cap) - 1)).sum(-1), (q * forth * forth.log()).sum(-1)
 
 
-def alpha_div(logits: Tensor, target: Tensor, cap: float = CAP) -> Tensor:
-    """Adaptive alpha-divergence with alpha in {-1, 1}, mean over the batch, in fp32 at least.
+def alpha_div(logits: Tensor, target: Tensor, cap: float = CAP, reduction: Reduction = "mean") -> Tensor:
+    """Adaptive alpha-divergence with alpha in {-1, 1}, in fp32 at least.
 
     The gradient is that of the larger divergence of each sample (where no cap is active; a capped ratio counts as a
     constant weight). The number itself is that of the surrogate with this gradient, ``-sum stop(q w) ln q``, and may be
@@ -122,6 +135,7 @@ def alpha_div(logits: Tensor, target: Tensor, cap: float = CAP) -> Tensor:
         logits: [B, C] of the student.
         target: [B, C] probabilities, e.g. the mean prediction of other sub-networks; no gradient goes there.
         cap: largest q/p that counts.
+        reduction: "mean" over the batch, or "none" for the losses [B] of its samples.
 
     Raises:
         ModelError: other shapes.
@@ -131,4 +145,4 @@ def alpha_div(logits: Tensor, target: Tensor, cap: float = CAP) -> Tensor:
     sure = 0.5 * (q * (capped - 1)).sum(-1)
     unsure = (q * forth * forth.log()).sum(-1)
     weight = torch.where((sure > unsure)[:, None], 0.5 - capped, forth)
-    return -(q * weight * log_q).sum(-1).mean()
+    return _reduced(-(q * weight * log_q).sum(-1), reduction)

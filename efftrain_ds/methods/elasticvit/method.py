@@ -30,7 +30,7 @@ from .memory import Memory
 from .preference import Drawn, Sampler
 from .price import step_cost
 from .scoring import Probes
-from .tables import Table, build_tables, load_tables, save_tables, table_path
+from .tables import Table, build_tables, read_tables, save_tables
 from .targets import Targets
 from .teacher import Teacher, make_teachers
 from .update import Update
@@ -146,21 +146,32 @@ class ElasticVit(Method):
         return model
 
     def _make_tables(self) -> list[Table]:
-        """Read or make the tables, on rank 0 for all."""
-        folder = self.config.tables
+        """Read the tables that are there and make the others, on rank 0 for all.
+
+        Raises:
+            ConfigError: a folder that cannot be read or written or has tables of another run, or levels that cannot be
+                filled.
+        """
+        folder, rows, seed = self.config.tables, self.config.rows, self._seed
         assert self.space is not None
         space = self.space
 
         def make() -> list[Table]:
-            if folder is not None and table_path(folder, self.levels.macs[0]).is_file():
-                return load_tables(folder, space, self.levels, self.smallest)
-            made = build_tables(space, self.levels, self.smallest, rows=self.config.rows, seed=self._seed)
+            found: dict[int, Table] = {}
+            if folder is not None:
+                try:
+                    found = read_tables(folder, space, self.levels, self.smallest, rows=rows, seed=seed)
+                except ConfigError as error:
+                    raise ConfigError(f"{KEY}.tables: {error}") from error
+            missing = [index for index in range(len(self.levels)) if index not in found]
+            made = build_tables(space, self.levels, self.smallest, rows=rows, seed=seed, only=missing)
             if folder is not None:
                 try:
                     save_tables(folder, made)
                 except OSError as error:
                     raise ConfigError(f"{KEY}.tables: cannot write {folder}: {error}") from error
-            return made
+            found.update(zip(missing, made, strict=True))
+            return [found[index] for index in range(len(self.levels))]
 
         return from_first(make)
 
@@ -238,7 +249,7 @@ class ElasticVit(Method):
     def on_step_end(self, ctx: Context, applied: bool) -> None:
         """Tell the memory bank how well the new sub-networks do."""
         assert self._update is not None
-        self._update.after()
+        self._update.after(ctx.engine.deepspeed_engine)
         self.targets.end()
         ctx.engine.module.set_config(None)
         if self._memory is None or not applied:
@@ -287,9 +298,10 @@ class ElasticVit(Method):
         module, engine = ctx.engine.module, ctx.engine.deepspeed_engine
         if not self.config.calibrate or not batch_norms(module):
             return
-        images = self._probes.of(ctx, self.config.calibrate)
-        if images:
-            calibrate(module, engine, (one.on(ctx) for one in images))
+        batches = self._probes.of(ctx, self.config.calibrate)
+        if batches:
+            ready = (one.on(ctx) for one in batches)
+            calibrate(module, engine, ((images, len(labels)) for images, labels in ready))
 
     # -- state and words ---------------------------------------------------------------------------------------
 

@@ -50,16 +50,22 @@ class Images:
             images = normalize(images, self.mean, self.std, kind)
         return images.to(kind)
 
-    def on(self, ctx: Context) -> tuple[Tensor, int]:
-        """(images, how many of them are valid); those that are not are replaced by valid ones of the batch."""
-        if self.valid is None or bool(self.valid.all()):
-            return self.ready(ctx), len(self.images)
-        places = self.valid.nonzero()[:, 0]
-        if not len(places):
-            return self.ready(ctx), 0
-        chosen = places[torch.arange(len(self.images), device=places.device) % len(places)]
-        part = Images(self.images[chosen], self.labels[chosen], None, self.mean, self.std)
-        return part.ready(ctx), len(places)
+    def on(self, ctx: Context) -> tuple[Tensor, Tensor]:
+        """What counts, for networks that normalise by batch: rows that are not valid stay away from it.
+
+        Where parameters are partitioned every rank must run every batch, so there are always images: a single valid row
+        comes twice (one position of one image has no variance), and a batch without any comes as it is.
+
+        Returns:
+            (images [at least 2, C, H, W] with the valid ones first, labels [n] of the n valid ones), on the device.
+        """
+        rows = torch.arange(len(self.images), device=self.images.device)
+        if self.valid is not None:
+            rows = rows[self.valid.to(rows.device)]
+        run = rows if len(rows) else torch.arange(len(self.images), device=rows.device)
+        run = run if len(run) > 1 else run.repeat(2)
+        part = Images(self.images[run], self.labels, None, self.mean, self.std)
+        return part.ready(ctx), self.labels[rows.to(self.labels.device)].to(ctx.device)
 
 
 @torch.no_grad()
@@ -67,22 +73,19 @@ def score(ctx: Context, configs: Sequence[Any], batches: Sequence[Images]) -> li
     """Minus the mean cross-entropy with hard labels of each sub-network, equal on all ranks. Collective.
 
     Sub-networks run as in training (batch normalisation by batch), but without gradients and without a trace in the
-    running statistics. The last sub-network stays set.
+    running statistics. Only valid images run, so scores do not depend on how batches were filled up. The last
+    sub-network stays set.
     """
     engine, module = ctx.engine.deepspeed_engine, ctx.engine.module
     sums = torch.zeros(len(configs), 2, dtype=torch.float64, device=ctx.device)
     with unwritten_statistics(module):
         for batch in batches:
-            images = batch.ready(ctx)
-            labels = batch.labels.to(ctx.device)
-            valid = None if batch.valid is None else batch.valid.to(ctx.device)
+            images, labels = batch.on(ctx)
             for row, config in zip(sums, configs, strict=True):
                 module.set_config(config)
-                each = F.cross_entropy(engine(images).float(), labels.clamp(min=0), reduction="none")
-                if valid is not None:
-                    each = torch.where(valid, each, 0.0)
-                row[0] += each.sum().double()
-                row[1] += len(labels) if valid is None else valid.sum()
+                logits = engine(images)[: len(labels)].float()
+                row[0] += F.cross_entropy(logits, labels, reduction="sum").double()
+                row[1] += len(labels)
     if ctx.world > 1:
         dist.all_reduce(sums)
     return (-sums[:, 0] / sums[:, 1]).tolist()

@@ -11,21 +11,22 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...core.errors import CheckpointError, ConfigError
+from ...core.errors import CheckpointError, ConfigError, EffTrainError
 from ...core.files import write_whole
-from ...core.ranks import from_first, gather, rank, world_size
+from ...core.ranks import from_first, gather, rank, text_of, world_size
 from ...models.elastic import Space
 from .calibrate import calibrate
 from .config import KEY, SearchConfig
 from .evolution import Evolution, RandomSearch
 from .latency import TableLatency, load_latency
+from .latency_space import provider_text
 from .limits import Limit, Predictor, latency_limit, macs_limit, params_limit
 from .searcher import Searcher
 
@@ -33,6 +34,7 @@ STATE, LATENCIES = "state.json", "latency.json"
 """Files in the folder of a search: what it goes on from, and the blocks that were measured for it."""
 _PART = 8
 """Sub-networks that a rank evaluates between two savings of the state."""
+T = TypeVar("T")
 Labelled = tuple[Tensor, Tensor]
 """(images [B, C, H, W] uint8, labels [B])."""
 
@@ -87,7 +89,9 @@ class Scorer:
         return Score(right / seen, loss / seen)
 
 
-def limits_of(config: SearchConfig, space: Space[Any], formula: str, folder: Path | None = None) -> list[Limit]:
+def limits_of(
+    config: SearchConfig, space: Space[Any], formula: str, folder: Path | None = None, net: nn.Module | None = None
+) -> list[Limit]:
     """The limits of a search, cheap ones first.
 
     Args:
@@ -95,6 +99,7 @@ def limits_of(config: SearchConfig, space: Space[Any], formula: str, folder: Pat
         space: of the supernet.
         formula: how MACs are counted.
         folder: of the search, which keeps what is measured; None keeps nothing.
+        net: the supernet, of whose kind networks are measured.
 
     Raises:
         ConfigError: one that no sub-network keeps, a latency table that does not fit, or a missing package.
@@ -109,7 +114,8 @@ def limits_of(config: SearchConfig, space: Space[Any], formula: str, folder: Pat
             found.append(params_limit(space, high, low))
         if config.latency is not None:
             low, high = _range(config.latency)
-            found.append(latency_limit(space, provider_of(config.latency_from, space, folder), high, low))
+            provider = provider_of(config.latency_from, space, folder, net)
+            found.append(latency_limit(space, provider, high, low, about=provider_text(provider, space)))
         for limit in found:
             limit.check(space)
     except ConfigError as error:
@@ -117,7 +123,7 @@ def limits_of(config: SearchConfig, space: Space[Any], formula: str, folder: Pat
     return found
 
 
-def provider_of(source: str, space: Space[Any], folder: Path | None = None) -> Predictor:
+def provider_of(source: str, space: Space[Any], folder: Path | None = None, net: nn.Module | None = None) -> Predictor:
     """The provider of latencies that a search names.
 
     Args:
@@ -126,6 +132,7 @@ def provider_of(source: str, space: Space[Any], folder: Path | None = None) -> P
         space: of the supernet.
         folder: for the times of blocks that are measured, which are read from there where they are known; None keeps
             none.
+        net: the supernet, of whose kind networks are measured; None takes the usual kind.
 
     Raises:
         ConfigError: a missing package or function, a table that does not fit, or something that is no provider.
@@ -135,27 +142,36 @@ def provider_of(source: str, space: Space[Any], folder: Path | None = None) -> P
 
         file = None if folder is None else folder / LATENCIES
         if file is None or not file.is_file():
-            return BlockLatency(space, file=file)
+            return BlockLatency(space, net, file=file)
         try:
-            return BlockLatency(space, table=load_latency(file), file=file)
+            return BlockLatency(space, net, table=load_latency(file), file=file)
         except ConfigError as error:
             raise ConfigError(f"{file}: {error}; remove the file, or name another --output") from error
     module, colon, name = source.partition(":")
     if not colon or Path(source).exists():
-        return TableLatency(space, load_latency(source))
+        return TableLatency(space, load_latency(source), None if net is None else space.options(net))
     where = f'latency_from: "{source}"'
+    if not module or not name:
+        raise ConfigError(f'{where}; "onnxruntime", the JSON file of a table or "package.module:function" is needed')
     try:
         make = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
         raise ConfigError(f"{where}: {error}") from error
-    provider = make(space)
+    try:
+        provider = make(space)
+    except EffTrainError:
+        raise
+    except Exception as error:  # it may be anybody's code
+        raise ConfigError(f"{where}: {type(error).__name__}: {error}") from error
     missing = [key for key in ("unit", "device", "predict") if not hasattr(provider, key)]
     if missing:
         raise ConfigError(f"{where}: {type(provider).__name__} has no {', '.join(missing)}, so it is no provider")
     return provider
 
 
-def latency_of(config: SearchConfig, space: Space[Any], limits: Sequence[Limit], subnet: Any) -> dict[str, Any]:
+def latency_of(
+    config: SearchConfig, space: Space[Any], limits: Sequence[Limit], subnet: Any, net: nn.Module | None = None
+) -> dict[str, Any]:
     """Latency of the choice with its unit and device, where it was limited; else nothing."""
     found = next((limit for limit in limits if not limit.cheap), None)
     if found is None:
@@ -167,7 +183,7 @@ def latency_of(config: SearchConfig, space: Space[Any], limits: Sequence[Limit],
     from .latency_ort import OrtLatency
 
     # the search adds up measured blocks; the choice alone is measured as a whole
-    return {**words, "latency_whole": OrtLatency(space).predict(subnet)}
+    return {**words, "latency_whole": OrtLatency(space, net).predict(subnet)}
 
 
 def _range(value: Any) -> tuple[Any, Any]:
@@ -235,7 +251,8 @@ class Search:
             configs = from_first(lambda: None if self._on_first.done else self._on_first.ask(_PART * world_size()))
             if configs is None:
                 break
-            mine = {place: self.scorer.score(configs[place]) for place in range(rank(), len(configs), world_size())}
+            places = range(rank(), len(configs), world_size())
+            mine = on_every_rank(lambda own=places, all=configs: {j: self.scorer.score(all[j]) for j in own})
             found: dict[int, Score] = {}
             for part in gather(mine):
                 found |= part
@@ -314,3 +331,25 @@ def from_first_only(make: Callable[[], Any]) -> Any:
     made: list[Any] = []
     from_first(lambda: made.append(make()))
     return made[0] if made else None
+
+
+def on_every_rank(action: Callable[[], T]) -> T:
+    """What `action` returns on this rank; what it raises on any rank is raised on all. Collective.
+
+    Raises:
+        Exception: what `action` raised here; elsewhere the same error of the package, else an `EffTrainError`.
+    """
+    made: list[T] = []
+    own: Exception | None = None
+    try:
+        made.append(action())
+    except Exception as error:  # whatever it is, the other ranks wait for this one
+        own = error
+    found = gather(None if own is None else (type(own), text_of(own)))
+    if own is not None:
+        raise own
+    for number, problem in enumerate(found):
+        if problem is not None:
+            kind, text = problem
+            raise (kind if issubclass(kind, EffTrainError) else EffTrainError)(f"rank {number}: {text}")
+    return made[0]

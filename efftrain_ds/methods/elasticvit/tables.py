@@ -13,7 +13,7 @@ import os
 import tempfile
 import zipfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from .levels import Levels, SmallestSubnets, macs_text
 
 logger = logging.getLogger(__name__)
 
-SCHEMA = 1
+SCHEMA = 2
 CHUNK = 65536
 """Sub-networks that are drawn and priced at a time. Part of what a seed means: another value gives other tables."""
 DRAWS = 400_000_000
@@ -35,7 +35,8 @@ HOPELESS = 0.1
 PATIENCE = 10
 """A level has no more sub-networks if none came up in so many times the draws that led to the last new one."""
 ROWS = 5000
-_META = {"schema", "space", "level", "window", "formula", "seed", "lower", "drawn"}
+_META = {"schema", "space", "level", "window", "formula", "seed", "lower", "drawn", "rows"}
+_REMEDY = "give another folder, or remove the file, so that it is made anew"
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,6 +53,7 @@ class Table:
         codes: [n, D] int8 (`Space.codes`).
         macs: [n] int64.
         drawn: sub-networks that were drawn to find them.
+        rows: how many were asked for; fewer codes mean that no more were found.
     """
 
     space: Space[Any]
@@ -63,6 +65,7 @@ class Table:
     codes: np.ndarray
     macs: np.ndarray
     drawn: int
+    rows: int
 
     def __len__(self) -> int:
         return len(self.codes)
@@ -89,10 +92,11 @@ class Table:
         keep = self.macs <= self.level + window
         if not keep.any():
             raise ConfigError(f"table of level {macs_text(self.level)}: no row within {macs_text(window)} MACs")
-        return Table(
-            *(self.space, self.level, window, self.formula, self.lower, self.seed),
-            *(self.codes[keep], self.macs[keep], self.drawn),
-        )
+        return replace(self, window=window, codes=self.codes[keep], macs=self.macs[keep])
+
+    def first(self, rows: int) -> Table:
+        """At most so many rows: what a table made for fewer rows holds."""
+        return replace(self, codes=self.codes[:rows], macs=self.macs[:rows], rows=min(rows, self.rows))
 
     def save(self, path: Path | str) -> None:
         """Write a ``.npz`` file, whole or not at all. It holds no pickled objects.
@@ -110,12 +114,15 @@ class Table:
             "seed": self.seed,
             "lower": None if self.lower is None else self.lower.to_dict(),
             "drawn": self.drawn,
+            "rows": self.rows,
         }
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
         try:
             with os.fdopen(handle, "wb") as file:
                 np.savez_compressed(file, codes=self.codes, macs=self.macs, meta=np.array(json.dumps(meta)))
+                file.flush()
+                os.fsync(file.fileno())
             os.replace(name, path)
         except BaseException:
             Path(name).unlink(missing_ok=True)
@@ -130,8 +137,9 @@ def build_tables(
     rows: int = ROWS,
     seed: int = 0,
     draws: int = DRAWS,
+    only: Sequence[int] | None = None,
 ) -> list[Table]:
-    """Make the tables of all levels: draw, price, keep what falls into a level, until each table is full.
+    """Make the tables of the levels: draw, price, keep what falls into a level, until each table is full.
 
     A table depends on the seed, its level and its smallest sub-network only, not on what else is made. Levels with one
     smallest sub-network share the draws.
@@ -144,9 +152,10 @@ def build_tables(
             `draws`, gets a smaller table and a warning.
         seed: of the draws.
         draws: most sub-networks to draw for one level.
+        only: indices of the levels to make tables of; None for all.
 
     Returns:
-        One table a level, in the order of the levels.
+        One table a level, in the order of the levels (of `only`).
 
     Raises:
         ConfigError: a level that the space cannot fill, or where nothing was found.
@@ -154,14 +163,15 @@ def build_tables(
     if rows < 1:
         raise ConfigError(f"{rows} rows a table; at least 1 is needed")
     levels.check(space)
+    wanted = range(len(levels)) if only is None else only
     groups: dict[Any, list[int]] = {}
-    for index in range(len(levels)):
+    for index in wanted:
         groups.setdefault(None if smallest is None else smallest.of(index), []).append(index)
     found: dict[int, Table] = {}
     for lower, members in groups.items():
         for index, table in _fill(space, levels, members, lower, rows, seed, draws):
             found[index] = table
-    return [found[index] for index in range(len(levels))]
+    return [found[index] for index in wanted]
 
 
 def _fill(
@@ -206,9 +216,8 @@ def _fill(
             )
         codes = np.frombuffer(b"".join(entries), np.int8).reshape(len(entries), -1)
         prices = np.fromiter(entries.values(), np.int64, len(entries))
-        tables.append(
-            (index, Table(space, level, levels.window, levels.formula, lower, seed, codes, prices, drawn[index]))
-        )
+        table = Table(space, level, levels.window, levels.formula, lower, seed, codes, prices, drawn[index], rows)
+        tables.append((index, table))
     return tables
 
 
@@ -260,13 +269,13 @@ def load_table(path: Path | str, space: Space[Any]) -> Table:
         with np.load(path, allow_pickle=False) as file:
             codes, macs, meta = file["codes"], file["macs"], json.loads(str(file["meta"]))
     except (OSError, KeyError, ValueError, TypeError, AttributeError, EOFError, zipfile.BadZipFile) as error:
-        raise ConfigError(f"{path} is no table of sub-networks: {error}") from error
+        raise ConfigError(f"{path} is no table of sub-networks: {error}; {_REMEDY}") from error
     if not isinstance(meta, dict) or set(meta) != _META or meta["schema"] != SCHEMA:
-        raise ConfigError(f"{path} is no table of sub-networks of schema {SCHEMA}")
+        raise ConfigError(f"{path} is no table of sub-networks of schema {SCHEMA}; {_REMEDY}")
     if meta["space"] != space.hash:
         raise ConfigError(
-            f"{path} was made for the space {meta['space']}, this run has {space.hash}; tables are made anew when the "
-            "space changes (its choices, or the number of classes)"
+            f"{path} was made for the space {meta['space']}, this run has {space.hash} (other choices, or another "
+            f"number of classes); {_REMEDY}"
         )
     level, window, formula = meta["level"], meta["window"], meta["formula"]
     Levels((level,), window, formula).check(space)
@@ -285,7 +294,10 @@ def load_table(path: Path | str, space: Space[Any]) -> Table:
             f"{path}: row {int(np.argmin(good))} is no sub-network of level {macs_text(level)} of this space; the file "
             "is damaged"
         )
-    return Table(space, level, window, formula, lower, meta["seed"], codes, macs.astype(np.int64), meta["drawn"])
+    return Table(
+        *(space, level, window, formula, lower, meta["seed"], codes, macs.astype(np.int64), meta["drawn"]),
+        meta["rows"],
+    )
 
 
 def table_path(folder: Path | str, level: int) -> Path:
@@ -299,29 +311,71 @@ def save_tables(folder: Path | str, tables: Sequence[Table]) -> None:
         table.save(table_path(folder, table.level))
 
 
-def load_tables(
-    folder: Path | str, space: Space[Any], levels: Levels, smallest: SmallestSubnets | None = None
-) -> list[Table]:
-    """Read the tables of all levels from a folder, cut to the window of the levels.
+def read_tables(
+    folder: Path | str,
+    space: Space[Any],
+    levels: Levels,
+    smallest: SmallestSubnets | None = None,
+    *,
+    rows: int | None = None,
+    seed: int | None = None,
+) -> dict[int, Table]:
+    """Read the tables that a folder has, each as it would be made for these levels.
+
+    Args:
+        folder: of `save_tables`; it may be missing, or have the tables of some levels only.
+        space: of the supernet.
+        levels: of the run; wider tables are cut to their window.
+        smallest: least sub-network of each level; None for none.
+        rows: of each table, larger ones are cut; None for what is there.
+        seed: of the draws; None for any.
+
+    Returns:
+        Tables by index of their level. Those of the other levels are not there.
 
     Raises:
-        ConfigError: a table is missing, does not fit (`load_table`), was counted by another formula or has another
-            smallest sub-network.
+        ConfigError: a table that does not fit (`load_table`), was counted by another formula, drawn with another seed,
+            has another smallest sub-network, a narrower window or too few rows.
     """
-    tables = []
+    found = {}
     for index, level in enumerate(levels.macs):
         path = table_path(folder, level)
-        if not path.is_file():
-            raise ConfigError(f"{path} is missing: the table of level {macs_text(level)} MACs")
-        table = load_table(path, space).narrowed(levels.window)
-        lower = None if smallest is None else smallest.of(index)
-        if (table.level, table.formula, table.lower) != (level, levels.formula, lower):
-            raise ConfigError(
-                f"{path} was made for level {macs_text(table.level)} by the {table.formula} formula with another "
-                f"smallest sub-network than this run has; needed: {macs_text(level)}, {levels.formula}"
-                if table.lower != lower
-                else f"{path} was made for level {macs_text(table.level)} by the {table.formula} formula; needed: "
-                f"{macs_text(level)}, {levels.formula}"
-            )
-        tables.append(table)
-    return tables
+        if path.is_file():
+            lower = None if smallest is None else smallest.of(index)
+            try:
+                found[index] = _fitting(load_table(path, space), level, levels, lower, rows, seed)
+            except _OtherTable as error:
+                raise ConfigError(f"{path} {error}; {_REMEDY}") from error
+    return found
+
+
+class _OtherTable(Exception):
+    """In which way a table is not the one that is needed."""
+
+
+def _fitting(table: Table, level: int, levels: Levels, lower: Any, rows: int | None, seed: int | None) -> Table:
+    """What a run reads of a table.
+
+    Raises:
+        _OtherTable: it is made for something else.
+    """
+    if (table.level, table.formula) != (level, levels.formula):
+        raise _OtherTable(
+            f"was made for level {macs_text(table.level)} by the {table.formula} formula; needed: {macs_text(level)}, "
+            f"{levels.formula}"
+        )
+    if table.lower != lower:
+        raise _OtherTable(f"was made with another smallest sub-network for level {macs_text(level)}")
+    if seed is not None and table.seed != seed:
+        raise _OtherTable(f'was made with seed {table.seed}, this run has "seed": {seed}')
+    if levels.window > table.window:
+        raise _OtherTable(
+            f"was made for a window of {macs_text(table.window)} MACs; {macs_text(levels.window)} is asked for"
+        )
+    complete = len(table) < table.rows  # no more were found
+    table = table.narrowed(levels.window)
+    if rows is None:
+        return table
+    if len(table) < rows and not complete:
+        raise _OtherTable(f'has {len(table)} sub-networks of its level, this run has "rows": {rows}')
+    return table.first(rows)

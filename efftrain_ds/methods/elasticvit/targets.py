@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -35,14 +34,14 @@ class Targets:
             ConfigError: no labels where they are needed.
         """
         self.end()
-        self._valid = batch.valid
+        self._valid, self._denominator = batch.valid, batch.denominator
         if len(self.teachers) < 2:
             if batch.labels is None:
                 raise ConfigError(f"{KEY}: labels are needed with fewer than two teachers")
-            self._labels = self._only_valid(soft_labels(batch, self.num_classes, self.config.label_smoothing))
+            self._labels = soft_labels(batch, self.num_classes, self.config.label_smoothing)
         if self.teachers:
             logits = [teacher(batch.images, batch.mean, batch.std) for teacher in self.teachers]
-            self._taught = self._only_valid(soft_targets(logits, self.config.temperature))
+            self._taught = soft_targets(logits, self.config.temperature)
 
     def end(self) -> None:
         """Forget the micro-batch."""
@@ -52,12 +51,12 @@ class Targets:
         self._count = 0
         self._leader = False
         self._valid: Tensor | None = None
-
-    def _only_valid(self, targets: Tensor) -> Tensor:
-        return targets if self._valid is None else targets * self._valid[:, None]
+        self._denominator: Tensor | None = None
 
     def loss(self, mode: str, logits: Tensor) -> Tensor:
-        """Loss of the sub-network of one pass, mean over the valid samples.
+        """Loss of the sub-network of one pass: mean over the valid samples.
+
+        With `Batch.denominator` it is the micro-batch's share of the mean over all ranks and micro-batches of the step.
 
         Args:
             mode: "largest", "random" or "smallest".
@@ -66,9 +65,9 @@ class Targets:
         learns = self._seen is not None and (mode == "smallest" or self._leader)
         if learns:
             assert self._seen is not None
-            loss = self._divergence(logits, self._seen / self._count)
+            loss = self._mean(alpha_div(logits, self._seen / self._count, self.config.alpha_cap, "none"))
         else:
-            loss = self._share(taught_loss(logits, self._labels, self._taught, len(self.teachers)))
+            loss = self._mean(taught_loss(logits, self._labels, self._taught, len(self.teachers), "none"))
         if mode == "largest" or (mode == "random" and not self._leader):
             prediction = logits.detach().float().softmax(-1)
             self._seen = prediction if self._seen is None else self._seen + prediction
@@ -76,20 +75,13 @@ class Targets:
             self._leader = mode == "largest"
         return loss
 
-    def _share(self, mean: Tensor) -> Tensor:
-        """Mean over the valid samples from one over all, to which the others added nothing."""
-        if self._valid is None:
-            return mean
-        return mean * (len(self._valid) / self._valid.sum().clamp(min=1))
-
-    def _divergence(self, logits: Tensor, target: Tensor) -> Tensor:
-        cap = self.config.alpha_cap
-        if self._valid is None:
-            return alpha_div(logits, target, cap)
-        # samples that are not valid get equal logits and targets, whose loss is a known constant
-        keep, classes = self._valid[:, None], logits.shape[1]
-        mean = alpha_div(torch.where(keep, logits, 0.0), torch.where(keep, target, 1 / classes), cap)
-        return self._share(mean - (1 - self._valid.float().mean()) * math.log(classes))
+    def _mean(self, each: Tensor) -> Tensor:
+        """Of the losses [B] of the samples."""
+        count = self._denominator
+        if self._valid is not None:
+            each = torch.where(self._valid, each, 0.0)
+            count = self._valid.sum().clamp(min=1) if count is None else count
+        return each.mean() if count is None else each.sum() / count
 
 
 def soft_labels(batch: Batch, classes: int, smoothing: float) -> Tensor:

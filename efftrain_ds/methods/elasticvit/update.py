@@ -11,6 +11,7 @@ from ...models.elastic.named import unused_parts
 from ...zero import access
 from ...zero.agc import UnitClip
 from ...zero.hold import Hold
+from ...zero.skip import forget_gradients
 from .config import KEY
 
 
@@ -36,8 +37,13 @@ class Update:
         """Begin with an engine: the first one, or one that was made anew. Collective.
 
         Raises:
-            ConfigError: its gradients cannot be clipped by unit.
+            ConfigError: its gradients cannot be clipped by unit, or its optimizer is offloaded.
         """
+        if access.offloaded(engine, "optimizer"):
+            raise ConfigError(
+                f"{KEY}: zero_optimization.offload_optimizer is set, and DeepSpeed then loses the gradients of blocks "
+                "that the last sub-network of a step does not run; remove it"
+            )
         if self._clip is not None:
             self._clip.remove()
             self._clip = None
@@ -63,8 +69,10 @@ class Update:
         # in the optimizer's step, before DeepSpeed sends the new weights around
         self._hook = self._layout.base.register_step_post_hook(lambda *_: hold.put_back())
 
-    def after(self) -> None:
-        """The step is over, whether it was applied or not."""
+    def after(self, engine: Any) -> None:
+        """The step is over, whether it was applied or not. Sub-networks of the next one may run other blocks in each of
+        its passes, so nothing of its gradients may stay."""
+        forget_gradients(engine)
         if self._hook is not None:
             self._hook.remove()
             self._hook = None

@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from ...core import faults
 from ...core.context import Context
 from ...core.errors import ModelError, NoEffectWarning
 from ...core.method import Method
@@ -311,6 +312,7 @@ class SViTE(Method):
             if not done.keeps_values:
                 zeros[real] = self.rule.expand(done.zero, shape)
         sharded.zero_(zeros, moments=self.preset.moments == "reset")
+        faults.point("mask.update")
         masked.set_masks(ctx.engine.module, masks)
         self._measured = self._digest = None
         return rows

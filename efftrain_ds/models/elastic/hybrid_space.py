@@ -10,6 +10,7 @@ too: the network resizes what it is given.
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,10 +19,22 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from ...core.errors import ConfigError, ModelError
+from .fields import check_fields
 from .space import Codes, Dimension, Space, Value, strict_int, strict_keys
 
 if TYPE_CHECKING:
     from torch import nn
+
+
+_STAGE_RULES = {
+    "name": "text",
+    "stride": "integer",
+    **dict.fromkeys(("widths", "depths", "expand", "kernels"), "integers"),
+    "se": "flag",
+    **dict.fromkeys(("mlp", "v_scale"), "integers"),
+}
+_SIZES = ("head_dim", "head_width", "head_expand", "first_expand", "num_classes", "in_chans")
+_RULES = {"resolutions": "integers", **dict.fromkeys(_SIZES, "integer")}
 
 
 @dataclass(frozen=True)
@@ -51,6 +64,7 @@ class StageSpec:
     v_scale: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
+        check_fields(vars(self), _STAGE_RULES, f"stage {self.name}")
         is_vit = bool(self.mlp)
         if self.stride not in (1, 2) or is_vit != bool(self.v_scale) or is_vit == bool(self.expand and self.kernels):
             raise ModelError(
@@ -153,6 +167,7 @@ class HybridSpace(Space[HybridConfig]):
     in_chans: int = 3
 
     def __post_init__(self) -> None:
+        check_fields(vars(self), _RULES)
         kinds = [stage.is_vit for stage in self.stages]
         if len(kinds) < 2 or kinds != sorted(kinds) or kinds[0] or not kinds[-1]:
             raise ModelError("stages: one or more of convolutions, then one or more of transformer layers are needed")
@@ -414,16 +429,23 @@ def read_hybrid(data: Mapping[str, Any], where: str) -> HybridSpace:
     fields = [field.name for field in dataclasses.fields(HybridSpace)]
     data = strict_keys(data, ["space", *fields], where, optional=["space", *fields[2:]])
     data.pop("space", None)
-    stages = []
-    for j, entry in enumerate(data.pop("stages")):
-        names = [field.name for field in dataclasses.fields(StageSpec)]
-        entry = strict_keys(entry, names, f"{where}.stages[{j}]", optional=names[4:])
-        stages.append(StageSpec(**{k: tuple(v) if isinstance(v, list) else v for k, v in entry.items()}))
-    data["resolutions"] = tuple(data["resolutions"])
+    given = data.pop("stages")
+    if not isinstance(given, (list, tuple)):
+        raise ConfigError(f"{where}.stages is {json.dumps(given, default=str)}; a list of objects is needed")
+    names = [field.name for field in dataclasses.fields(StageSpec)]
+    entries = [strict_keys(entry, names, f"{where}.stages[{j}]", optional=names[4:]) for j, entry in enumerate(given)]
     try:
+        check_fields(data, _RULES, where)
+        for j, entry in enumerate(entries):
+            check_fields(entry, _STAGE_RULES, f"{where}.stages[{j}]")
+    except ModelError as error:
+        raise ConfigError(str(error)) from error
+    try:
+        stages = [StageSpec(**{k: tuple(v) if isinstance(v, list) else v for k, v in one.items()}) for one in entries]
+        data["resolutions"] = tuple(data["resolutions"])
         space = HybridSpace(stages=tuple(stages), **data)
         _ = space.dimensions
-    except (ModelError, TypeError) as error:
+    except ModelError as error:
         raise ConfigError(f"{where}: {error}") from error
     return space
 
@@ -437,8 +459,9 @@ def elasticvit_space(*, divisor: int = 1, num_classes: int = 1000, **changes: An
         **changes: other fields of `HybridSpace`, e.g. ``resolutions=(64, 96)``.
 
     Raises:
-        ModelError: `divisor` does not divide the widths.
+        ModelError: `divisor` is no positive integer that divides the widths, or a change that makes no space.
     """
+    check_fields({"divisor": divisor}, {"divisor": "integer"})
 
     def widths(first: int, last: int, step: int) -> tuple[int, ...]:
         found = range(first, last + 1, step)

@@ -59,7 +59,8 @@ def space_and_rest(name: str, kwargs: Mapping[str, Any]) -> tuple[Space[Any], di
             clash = sorted(set(given) - {"num_classes"})
             if clash:
                 raise ModelError(f'"{clash[0]}" beside "space"; give one of them')
-            space = read_space({**whole, "num_classes": given.get("num_classes", 1000)}, f"{KEY}.space")
+            classes = {"num_classes": given.get("num_classes", 1000)}
+            space = read_space({**whole, **classes} if isinstance(whole, Mapping) else whole, f"{KEY}.space")
         elif name == "elasticvit":
             space = elasticvit_space(**given)
         elif name == "elastic_vit":

@@ -16,10 +16,23 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from ...core.errors import ConfigError, ModelError
+from .fields import check_fields
 from .space import FORMULAS, Codes, Dimension, Space, Value, strict_int, strict_keys
 
 if TYPE_CHECKING:
     from torch import nn
+
+
+_RULES = {
+    **dict.fromkeys(("widths", "depths", "heads"), "integers"),
+    "mlp": "numbers",
+    "head_dim": "integer",
+    "resolutions": "integers",
+    "patch": "integer",
+    "base": "integer or none",
+    **dict.fromkeys(("num_classes", "in_chans"), "integer"),
+    **dict.fromkeys(("class_token", "qkv_bias", "layer_scale", "qk_norm"), "flag"),
+}
 
 
 @dataclass(frozen=True)
@@ -89,6 +102,9 @@ class PlainSpace(Space[PlainConfig]):
     qk_norm: bool = False
 
     def __post_init__(self) -> None:
+        check_fields(vars(self), _RULES)
+        if not self.depths:
+            raise ModelError("depths is []; at least one is needed")
         bad = [side for side in self.resolutions if side % self.patch]
         if bad:
             raise ModelError(f"resolution {bad[0]} is no multiple of the patch {self.patch}")
@@ -120,8 +136,6 @@ class PlainSpace(Space[PlainConfig]):
             Dimension("width", "width", self.widths),
             Dimension("depth", "depth", self.depths),
         ]
-        if min(self.depths) < 1:
-            raise ModelError(f"depths {list(self.depths)}; at least one block is needed")
         sets = {depth: self.layers_of(depth) for depth in self.depths}
         for block in range(self.top):
             least = min(depth for depth, layers in sets.items() if block in layers)
@@ -285,9 +299,13 @@ def read_plain(data: Mapping[str, Any], where: str) -> PlainSpace:
     data = strict_keys(data, ["space", *fields], where, optional=["space", *fields[4:]])
     data.pop("space", None)
     try:
+        check_fields(data, _RULES, where)
+    except ModelError as error:
+        raise ConfigError(str(error)) from error
+    try:
         space = PlainSpace(**{key: tuple(v) if isinstance(v, list) else v for key, v in data.items()})
         _ = space.dimensions
-    except (ModelError, TypeError) as error:
+    except ModelError as error:
         raise ConfigError(f"{where}: {error}") from error
     return space
 

@@ -19,6 +19,7 @@ import numpy as np
 from torch import nn
 
 from ...core.errors import ConfigError, ModelError
+from .fields import check_fields
 
 Value = int | float
 Codes = np.ndarray
@@ -61,6 +62,7 @@ class Dimension:
     depth: tuple[int, Value] | None = None
 
     def __post_init__(self) -> None:
+        check_fields({"choices": self.choices}, {"choices": "numbers" if self.kind == "mlp" else "integers"}, self.name)
         if not self.choices or list(self.choices) != sorted(set(self.choices)) or len(self.choices) > 127:
             raise ModelError(
                 f"{self.name}: choices {list(self.choices)}; allowed: 1 to 127 different values, ascending"

@@ -32,8 +32,10 @@ def read_space(data: Any, where: str = "space") -> Space[Any]:
     Raises:
         ConfigError: names the entry that is unknown, missing or wrong.
     """
-    kind = data.get("space") if isinstance(data, Mapping) else None
-    if kind not in _READERS:
+    if not isinstance(data, Mapping):
+        raise ConfigError(f"{where} is {json.dumps(data, default=str)}; an object is needed")
+    kind = data.get("space")
+    if not isinstance(kind, str) or kind not in _READERS:
         raise ConfigError(f"{where}.space is {json.dumps(kind)}; allowed: {', '.join(_READERS)}")
     return _READERS[kind](data, where)
 

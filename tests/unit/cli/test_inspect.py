@@ -222,7 +222,7 @@ def test_damage_is_one_clear_line(tmp_path: Path, capsys: pytest.CaptureFixture[
         (lambda f: (f / "state.json").write_text("{"), "bytes, the manifest says"),
         (lambda f: (f / "rank-00000.json").unlink(), "missing"),
         (lambda f: (f / "manifest.json").unlink(), "no manifest.json, the checkpoint was not completed"),
-        (lambda f: (f / "manifest.json").write_text("[]"), "manifest.json: not readable"),
+        (lambda f: (f / "manifest.json").write_text("[]"), "manifest.json: not a checkpoint manifest"),
     ],
 )
 def test_other_damage(tmp_path: Path, capsys: pytest.CaptureFixture[str], change: Any, text: str) -> None:

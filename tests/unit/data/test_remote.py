@@ -7,7 +7,9 @@ import os
 import shutil
 import signal
 import threading
+import time
 from pathlib import Path
+from urllib.parse import quote, unquote
 
 import numpy as np
 import pytest
@@ -26,6 +28,7 @@ from efftrain_ds.data.remote import open_data
 from efftrain_ds.data.sources import IdxSource
 from efftrain_ds.data.transport import RemoteFolder
 from efftrain_ds.planning import data_facts
+from tests.secret_values import VALUES, seen
 
 N, SHARDS = 60, 6
 _spec = importlib.util.spec_from_file_location("remote_server", Path(__file__).with_name("remote_server.py"))
@@ -471,7 +474,9 @@ def test_file_urls(packed, open_remote, tmp_path):
 
 
 def test_pipe_needs_leave_and_a_place_for_the_name(packed, open_remote):
-    with pytest.raises(ShardError, match="pipe: runs a shell command on every node; set efftrain.data.allow_pipe"):
+    with pytest.raises(
+        ShardError, match=r"pipe:\.\.\. runs a shell command on every node; set efftrain.data.allow_pipe"
+    ):
         open_remote(f"pipe:cat {packed}/{{name}}")
     with pytest.raises(ShardError, match="needs {name}"):
         open_remote(f"pipe:cat {packed}/manifest.json", allow_pipe=True)
@@ -511,14 +516,66 @@ def test_unknown_protocols_and_missing_packages_are_named(open_remote, monkeypat
         open_remote("gs://bucket/data")
 
 
-def test_secrets_of_a_url_are_not_shown(server, open_remote, caplog):
-    url = server.url.replace("http://", "http://user:secret@") + "/data?token=hidden"
-    for fault in (403, 404, "cut"):
+@pytest.mark.parametrize(
+    ("user", "query"),
+    [("user:secret@", "token=hidden"), ("", "sv=2024&sig=aB%2Fc%2BdEf%3D&se=SECRET"), ("hunter2@", "")],
+)
+def test_secrets_of_a_url_are_not_shown(server, open_remote, caplog, user, query):
+    url = server.url.replace("http://", f"http://{user}") + f"/data?{query}"
+    for fault in (403, "cut"):
         server.always["manifest.json"] = fault
         with pytest.raises(ShardLost, match=f"{server.url}/data/manifest.json: all 5 tries") as error:
             open_remote(url)
         for text in (str(error.value), caplog.text):
             assert "hidden" not in text
             assert "secret" not in text
+            assert not seen(text)
     server.always.clear()
     assert open_remote(url).samples == N
+
+
+@pytest.mark.parametrize("name", VALUES)
+def test_secrets_are_not_shown_by_any_message(name, tmp_path, caplog):
+    remote = RemoteFolder(VALUES[name])
+    said = [remote.shown(), remote.shown("a.tar"), remote.clean(f"no {remote.join('a.tar')}: 403")]
+    said += [remote.clean(f"{unquote(VALUES[name])} and {quote(VALUES[name])}")]
+    for where, leave in ((VALUES[name], False), (VALUES[name].replace("{name}", "x"), True)):
+        if where.startswith("pipe:"):
+            with pytest.raises(ShardError) as error:
+                open_data(where, cache_dir=tmp_path, allow_pipe=leave)
+            said.append(str(error.value))
+    with pytest.raises(ShardError, match="allowed are letters") as error:
+        remote.join("../a")
+    assert not seen([*said, str(error.value), caplog.text])
+
+
+def test_what_a_command_says_is_shown_without_the_command(open_remote, tmp_path, caplog):
+    (tmp_path / "get").write_text('echo "refused: $2 for https://u:hunter2@host/$1?sig=SECRET" >&2; exit 3\n')
+    with pytest.raises(ShardLost) as error:
+        open_remote(f"pipe:sh {tmp_path}/get {{name}} SECRET+1234=", allow_pipe=True)
+    cause = "the command ended with status 3: refused: ...= for https://host/manifest.json"
+    assert str(error.value) == f"pipe:... (manifest.json): all 5 tries failed, the last with OSError: {cause}"
+    assert not seen(str(error.value) + caplog.text)
+
+
+def test_a_new_token_finds_what_the_old_one_fetched(server, open_remote):
+    for query in ("?sig=old", "?sig=new", ""):
+        manifest = open_remote(f"{server.url}/data{query}")
+        manifest.store.acquire(manifest.shards[0]).release()
+    assert server.requests[manifest.shards[0].name] == 1
+    assert server.requests["index.bin"] == 1
+
+
+def test_clocks_that_jump_do_not_matter_to_the_cache(server, open_remote, monkeypatch):
+    """A failure noted in what is the future now is no news to those who ask later."""
+    manifest = open_remote()
+    shard = manifest.shards[0]
+    server.always[shard.name] = 404
+    for hours in (5, -3):
+        monkeypatch.setattr(time, "time", lambda hours=hours, real=time.time: real() + 3600 * hours)
+        with pytest.raises(ShardLost, match="all 5 tries failed"):
+            manifest.store.acquire(shard)
+        monkeypatch.undo()
+    server.always.clear()
+    manifest.store.acquire(shard).release()
+    assert server.requests[shard.name] == 11

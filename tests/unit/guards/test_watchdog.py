@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 from efftrain_ds.core.errors import STALL_EXIT_CODE
-from efftrain_ds.guards.watchdog import Beat, Watchdog, kill, late_ranks
+from efftrain_ds.guards.watchdog import Beat, Watchdog, collective_place, kill, late_ranks
 
 STALL = 2.0
 
@@ -135,6 +135,37 @@ def beat(rank: int, step: int = 0, beats: int = 0, age: float = 0.0, waits: bool
 )
 def test_who_is_late(beats, silent, late):
     assert late_ranks(dict(enumerate(beats)), silent) == late
+
+
+def waiting(*places: str) -> dict[int, Beat]:
+    return {i: Beat(i, 1, 0.0, "host", "train", 5, 9, 4.0, waits=bool(p), place=p) for i, p in enumerate(places)}
+
+
+@pytest.mark.parametrize(
+    ("places", "late", "text"),
+    [
+        (("a", "a", "b"), [2], "rank 2 (step 5, train, 4 s ago, in b; process 1 on host)"),
+        (("a", "a", "a"), [0, 1, 2], "none, all 3 ranks stand at the same place"),
+        (("a", "b"), [0, 1], "none, but the ranks stand at different places: rank 0 in a, rank 1 in b"),
+        (("", ""), [0, 1], "none, all 2 ranks stand at the same place"),
+    ],
+)
+def test_ranks_in_different_collectives(tmp_path, places, late, text):
+    beats = waiting(*places)
+    assert late_ranks(beats, set()) == late
+    dog = Watchdog(tmp_path, rank=0, world=len(places), stall_s=1.0)
+    assert dog._describe(late, beats, set()) == text
+
+
+def test_where_a_rank_waits():
+    assert collective_place() == ""
+    found = []
+    scope = {"look": lambda: found.append(collective_place())}
+    exec(compile("def wrapper(f):\n f()\ndef barrier():\n wrapper(look)", "/x/torch/distributed/d.py", "exec"), scope)
+    own = "def loss_term():\n barrier()"
+    exec(compile(own, "/home/me/mine/poison.py", "exec"), scope)
+    scope["loss_term"]()
+    assert found == ["wrapper, called by loss_term (mine/poison.py:2)"]
 
 
 def test_a_killed_process_is_the_one_that_was_meant():

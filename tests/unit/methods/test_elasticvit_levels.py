@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -21,7 +22,7 @@ from efftrain_ds.methods.elasticvit.tables import (
     build_table,
     build_tables,
     load_table,
-    load_tables,
+    read_tables,
     save_tables,
     table_path,
 )
@@ -231,24 +232,45 @@ def test_tables_come_back_from_files(space, tables, tmp_path):
     save_tables(tmp_path, tables)
     assert not list(tmp_path.glob("*.tmp"))
     smallest = published_smallest(space)
-    again = load_tables(tmp_path, space, LEVELS, smallest)
-    for a, b in zip(again, tables, strict=True):
+    again = read_tables(tmp_path, space, LEVELS, smallest, rows=ROWS, seed=3)
+    assert list(again) == list(range(len(LEVELS)))
+    for index, a in again.items():
+        b = tables[index]
         np.testing.assert_array_equal(a.codes, b.codes)
         np.testing.assert_array_equal(a.macs, b.macs)
-        assert (a.lower, a.seed, a.drawn) == (b.lower, b.seed, b.drawn)
+        assert (a.lower, a.seed, a.drawn, a.rows) == (b.lower, b.seed, b.drawn, b.rows)
         rngs = np.random.default_rng(0), np.random.default_rng(0)
         assert a.draw(rngs[0]) == b.draw(rngs[1])
-    narrow = load_tables(tmp_path, space, Levels(window=10_000_000), smallest)
-    assert all((t.macs <= t.level + 10_000_000).all() and 0 < len(t) < ROWS for t in narrow)
-    with pytest.raises(ConfigError, match=r"window is 20 M MACs; 30 M is asked for"):
-        load_tables(tmp_path, space, Levels(window=30_000_000), smallest)
-    with pytest.raises(ConfigError, match="another smallest sub-network"):
-        load_tables(tmp_path, space, LEVELS, None)
-    with pytest.raises(ConfigError, match="by the exact formula; needed: 100 M, reference"):
-        load_tables(tmp_path, space, Levels(formula="reference"), smallest)
+    narrow = read_tables(tmp_path, space, Levels(window=10_000_000), smallest)
+    assert all((t.macs <= t.level + 10_000_000).all() and 0 < len(t) < ROWS for t in narrow.values())
+    # fewer rows, or a narrower window: the tables that would have been made for them
+    few = read_tables(tmp_path, space, Levels(window=10_000_000), smallest, rows=5)[5]
+    made = build_table(space, LEVELS.macs[5], window=10_000_000, lower=smallest.of(5), rows=5, seed=3)
+    np.testing.assert_array_equal(few.codes, made.codes)
     table_path(tmp_path, LEVELS.macs[2]).unlink()
-    with pytest.raises(ConfigError, match=r"level_300000000.npz is missing"):
-        load_tables(tmp_path, space, LEVELS, smallest)
+    assert sorted(read_tables(tmp_path, space, LEVELS, smallest)) == [0, 1, 3, 4, 5, 6, 7]
+    assert read_tables(tmp_path / "none", space, LEVELS, smallest) == {}
+
+
+def test_tables_of_another_run_are_refused(space, tables, tmp_path):
+    save_tables(tmp_path, tables[1:2])
+    smallest = published_smallest(space)
+
+    def read(levels=LEVELS, lower=smallest, **changes):
+        return read_tables(tmp_path, space, levels, lower, **changes)
+
+    with pytest.raises(ConfigError, match=r"level_200000000.npz was made for a window of 20 M MACs; 30 M is asked for"):
+        read(Levels(window=30_000_000))
+    with pytest.raises(ConfigError, match="another smallest sub-network.*; give another folder, or remove the file"):
+        read(lower=None)
+    with pytest.raises(ConfigError, match="by the exact formula; needed: 200 M, reference"):
+        read(Levels(formula="reference"))
+    with pytest.raises(ConfigError, match='made with seed 3, this run has "seed": 4; give another folder'):
+        read(seed=4)
+    with pytest.raises(ConfigError, match=f'has {ROWS} sub-networks of its level, this run has "rows": {ROWS + 1}'):
+        read(rows=ROWS + 1)
+    save_tables(tmp_path, [replace(tables[1], rows=2 * ROWS)])  # more were asked for then and not found
+    assert len(read(rows=ROWS + 1)[1]) == ROWS
 
 
 def test_wrong_files_are_refused(space, tables, tmp_path):
@@ -259,7 +281,7 @@ def test_wrong_files_are_refused(space, tables, tmp_path):
     t = tables[1]
 
     def changed(codes, macs, level=t.level):
-        Table(space, level, t.window, t.formula, t.lower, t.seed, codes, macs, t.drawn).save(path)
+        Table(space, level, t.window, t.formula, t.lower, t.seed, codes, macs, t.drawn, t.rows).save(path)
 
     changed(t.codes[:0], t.macs[:0])
     with pytest.raises(ConfigError, match="level 200 M has no sub-networks"):

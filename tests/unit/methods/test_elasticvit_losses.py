@@ -63,6 +63,21 @@ def test_losses_stay_finite(dtype):
         assert torch.isfinite(gradient).all()
 
 
+def test_losses_of_the_samples():
+    labels, other = torch.tensor([0, 2]), Z.softmax(1).flip(0)
+    for of in (
+        lambda reduction: alpha_div(Z, P, 5.0, reduction),
+        lambda reduction: soft_cross_entropy(Z, P, reduction),
+        lambda reduction: taught_loss(Z, labels, None, 0, reduction),
+        lambda reduction: taught_loss(Z, other, P, 1, reduction),
+        lambda reduction: taught_loss(Z, None, P, 2, reduction),
+    ):
+        each = of("none")
+        assert each.shape == (2,)
+        assert each[0] != each[1]
+        torch.testing.assert_close(each.mean(), of("mean"))
+
+
 def test_targets_get_no_gradient():
     target = P.clone().requires_grad_()
     z = Z.clone().requires_grad_()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -16,8 +18,10 @@ from efftrain_ds.methods.elasticvit.calibrate import batch_norms, calibrate, kep
 from efftrain_ds.methods.elasticvit.config import ElasticViTConfig, TeacherConfig
 from efftrain_ds.methods.elasticvit.losses import alpha_div
 from efftrain_ds.methods.elasticvit.method import ElasticVit
+from efftrain_ds.methods.elasticvit.scoring import Images, score
 from efftrain_ds.methods.elasticvit.targets import Targets, soft_labels
 from efftrain_ds.methods.elasticvit.teacher import Teacher, make_teachers
+from efftrain_ds.methods.elasticvit.update import Update
 from efftrain_ds.models.adapters import create_model
 from efftrain_ds.models.elastic import elasticvit_space
 from efftrain_ds.models.elastic.named import space_of, unused_parts
@@ -226,6 +230,41 @@ def test_samples_that_are_not_valid_have_no_part(teachers):
         torch.testing.assert_close(one, two)
 
 
+@pytest.mark.parametrize("classes", [10, 19, 29, 61, 1000])
+def test_a_sample_that_is_not_valid_adds_nothing(classes):
+    # the published divergence of equal predictions is 0 or far from it, by rounding
+    targets, generator = Targets(_config(), [], classes), torch.Generator().manual_seed(classes)
+    logits = torch.randn(2, 3, classes, generator=generator)
+    batch = Batch(torch.zeros(3, 3, 8, 8), torch.zeros(3, dtype=torch.int64), torch.tensor([True, True, False]))
+    targets.begin(batch)
+    targets.loss("random", logits[0])
+    _same(targets.loss("smallest", logits[1]), alpha_div(logits[1, :2], logits[0, :2].softmax(-1)))
+
+
+@pytest.mark.parametrize("teachers", [0, 2])
+def test_the_mean_is_over_the_valid_samples_of_all_ranks(teachers):
+    class Fixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.eye(3))
+
+        def forward(self, x):
+            return x.mean((2, 3)) @ self.weight
+
+    def losses(images, labels, logits, valid=None, denominator=None):
+        targets = Targets(_config(), [Teacher(Fixed())] * teachers, 3)
+        targets.begin(Batch(images, labels, valid, denominator=denominator))
+        return torch.stack([targets.loss(mode, x) for mode, x in zip(("random", "smallest"), logits, strict=True)])
+
+    images, labels = torch.randn(8, 3, 8, 8), torch.tensor([0, 2, 1, 1, 2, -100, -100, -100])
+    logits = torch.stack([torch.cat([a, b]) for a, b in zip(_logits(2), _logits(2, 1), strict=True)]).detach()
+    valid = labels >= 0
+    share = valid.sum() / 2  # of two ranks; DeepSpeed takes the mean of their gradients
+    parts = [losses(images[at], labels[at], logits[:, at], valid[at], share) for at in (slice(4), slice(4, 8))]
+    _same(torch.stack(parts).mean(0), losses(images[:5], labels[:5], logits[:, :5]))
+    _same(losses(images[:4], labels[:4], logits[:, :4], None, share), parts[0])
+
+
 def test_labels_are_mixed_and_smoothed():
     batch = _batch(labels_b=torch.tensor([1, 1, 0, 1]), lam=0.75)
     found = soft_labels(batch, 3, 0.3)
@@ -324,7 +363,113 @@ def test_calibration_leaves_the_rest_alone():
     assert calibrate(supernet(PLAIN), lambda x: None, []) == 0
 
 
+# -- scores ------------------------------------------------------------------------------------------------------------
+
+
+def _context(net) -> SimpleNamespace:
+    class Engine:
+        module = net
+        rows: list[int] = []
+
+        def __call__(self, x):
+            self.rows.append(len(x))
+            return net(x)
+
+    engine = Engine()
+    engine.deepspeed_engine = engine
+    return SimpleNamespace(engine=engine, device="cpu", world=1)
+
+
+@pytest.mark.parametrize("count", [1, 2, 6])
+def test_scores_do_not_depend_on_padding(count):
+    net, generator = _trained(), torch.Generator().manual_seed(1)
+    for p in net.parameters():
+        if p.ndim > 1:
+            nn.init.normal_(p, 0, 0.3, generator=generator)
+    numbers = {"mean": (0.4, 0.5, 0.6), "std": (0.2, 0.3, 0.2)}
+    images = torch.randint(256, (count, 3, 20, 20), dtype=torch.uint8, generator=generator)
+    labels = torch.randint(10, (count,), generator=generator)
+    place = torch.tensor([0, 3, 4, 5, 7, 8])[:count]
+    padded, found = torch.zeros(9, 3, 20, 20, dtype=torch.uint8), torch.full((9,), -100)
+    padded[place], found[place] = images, labels
+    configs = [HYBRID.sample(np.random.default_rng(seed)) for seed in range(3)]
+    ctx = _context(net)
+    expected = score(ctx, configs, [Images(images, labels, **numbers)])
+    assert score(ctx, configs, [Images(padded, found, found >= 0, **numbers)]) == pytest.approx(expected, abs=1e-5)
+    assert ctx.engine.rows == [max(count, 2)] * 6  # what the plan prices
+    # a batch without any image still runs, as other ranks' collectives need, and counts for nothing
+    empty = Images(padded, found, torch.zeros(9, dtype=torch.bool), **numbers)
+    both = score(ctx, configs, [empty, Images(images, labels, **numbers)])
+    assert both == pytest.approx(expected, abs=1e-5)
+    assert ctx.engine.rows[6:] == [9] * 3 + [max(count, 2)] * 3
+    assert {m.momentum for m in batch_norms(net)} == {0.1}
+
+
+def test_statistics_do_not_depend_on_padding():
+    net, images = _trained(), torch.randn(5, 3, 20, 20)
+    net.set_config(HYBRID.max())
+    ctx, found = _context(net), []
+    padded = torch.cat([images[:2], torch.zeros(3, 3, 20, 20), images[2:]])
+    labels = torch.tensor([0, 1, -100, -100, -100, 2, 3, 4])
+    for batch in (Images(images, labels[labels >= 0]), Images(padded, labels, labels >= 0)):
+        ready, kept = batch.on(ctx)
+        assert calibrate(net, net, [(ready, len(kept))]) == 5
+        found.append({n: b.clone() for n, b in net.named_buffers()})
+    for name, value in found[0].items():
+        torch.testing.assert_close(found[1][name], value)
+
+
 # -- choices -----------------------------------------------------------------------------------------------------------
+
+
+def _deepspeed(offload: str | None = None) -> SimpleNamespace:
+    place = None if offload is None else SimpleNamespace(device=SimpleNamespace(value=offload))
+    return SimpleNamespace(_config=SimpleNamespace(zero_config=SimpleNamespace(offload_optimizer=place)))
+
+
+def test_an_offloaded_optimizer_is_refused():
+    with pytest.raises(ConfigError, match=r"zero_optimization.offload_optimizer is set.*loses the gradients"):
+        Update(PLAIN, [], None, False).attach(_deepspeed("cpu"))
+    Update(PLAIN, [], None, False).attach(_deepspeed("none"))
+
+
+@pytest.mark.parametrize("smallest", [1, 3])
+def test_ablations_train(tmp_path, smallest):
+    for walk, preference in itertools.product(("adjacent", "random"), ("wide_shallow", "uniform")):
+        _train(tables=str(tmp_path), walk=walk, smallest=smallest, preference=preference)
+
+
+def _train(**changes) -> None:
+    """A few steps of a few images, without DeepSpeed."""
+    changes = {**LEVELS[PLAIN], "levels": (4000, 8000, 14000), "decay_unused": True, "agc": None, **changes}
+    method = ElasticVit(_config(bank={"capacity": 3, "exploit": {"start": 0.5}}, **changes))
+    method.plan(_spec(PLAIN))
+    net = supernet(PLAIN)
+    method.prepare_model(net)
+    ctx = _context(net)
+    vars(ctx).update(progress=0.5, schedule=None, record=lambda *a, **k: None)
+    vars(ctx.engine).update(vars(_deepspeed()), optimizer=torch.optim.AdamW(net.parameters(), lr=1e-2))
+    generator = torch.Generator().manual_seed(0)
+    batch = Batch(torch.randn(5, 3, 12, 12, generator=generator), torch.arange(5))
+    losses = []
+    for ctx.step in range(5):
+        method.on_step_start(ctx)
+        batch = method.on_batch(ctx, batch)
+        for index in range(method.passes):
+            method.on_pass(ctx, index)
+            loss = method.loss(ctx, net(batch.images), batch)
+            loss.backward()
+            assert torch.isfinite(loss)
+            losses.append(float(loss.detach()))
+        method.on_boundary(ctx)
+        ctx.engine.optimizer.step()
+        ctx.engine.optimizer.zero_grad()
+        method.on_step_end(ctx, True)
+    random = [loss for mode, loss in zip(method.config.modes * 5, losses, strict=True) if mode == "random"]
+    assert sum(random[-3:]) < 0.95 * sum(random[:3])
+    assert len(method.bank)
+    assert len(method.smallest) == changes["smallest"]
+    assert method.scalars(ctx)["supernet/explored"] > 0
 
 
 @pytest.mark.parametrize("walk", ["adjacent", "random", "cyclic"])
@@ -336,7 +481,7 @@ def test_ablations_draw_from_their_level(walk, preference, smallest):
     method.plan(_spec(PLAIN))
     net = supernet(PLAIN)
     method.prepare_model(net)
-    engine = SimpleNamespace(module=SimpleNamespace(parameters=net.parameters), deepspeed_engine=None)
+    engine = SimpleNamespace(module=SimpleNamespace(parameters=net.parameters), deepspeed_engine=_deepspeed())
     ctx = SimpleNamespace(step=0, progress=0.5, record=lambda *a, **k: None, device="cpu", engine=engine)
     for ctx.step in range(12):
         method.on_step_start(ctx)
@@ -368,6 +513,29 @@ def test_evaluated_sub_networks():
     config = PLAIN.config(table.codes[0])
     method.bank.offer(1, config, -1.0)
     assert method.evaluated("level1") == config
+
+
+def test_a_folder_of_tables_that_was_interrupted(tmp_path):
+    def make(**changes):
+        method = ElasticVit(_config(tables=str(tmp_path), **changes))
+        method.plan(_spec(PLAIN))
+        return method._make_tables()
+
+    first = make()
+    later = tmp_path / "level_8000.npz"
+    whole = later.read_bytes()
+    later.unlink()  # stopped between two files
+    again = make()
+    assert [table.codes.tolist() for table in again] == [table.codes.tolist() for table in first]
+    assert later.read_bytes() == whole
+    assert [table.codes.tolist() for table in make(rows=3)] == [table.codes[:3].tolist() for table in first]
+    with pytest.raises(ConfigError, match=r'elasticvit.tables: .*level_4000.npz was made with seed 0.*"seed": 5; give'):
+        make(seed=5)
+    with pytest.raises(ConfigError, match=r'elasticvit.tables: .*level_4000.npz has 5 sub-networks.*"rows": 20; give'):
+        make(rows=20)
+    later.write_bytes(whole[:100])
+    with pytest.raises(ConfigError, match=r"elasticvit.tables: .*level_8000.npz is no table.*remove the file"):
+        make()
 
 
 LEVELS_JSON = {key: tuple(v) if isinstance(v, list) else v for key, v in LEVELS[PLAIN].items()} | {"rows": 5}

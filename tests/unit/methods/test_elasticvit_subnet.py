@@ -98,7 +98,7 @@ def test_counts_follow_the_formula():
 
 def test_measured_blocks_stay_known(tmp_path, monkeypatch):
     made = []
-    monkeypatch.setattr(latency_blocks, "BlockLatency", lambda space, **options: made.append(options))
+    monkeypatch.setattr(latency_blocks, "BlockLatency", lambda space, net, **options: made.append(options))
     provider_of("onnxruntime", PLAIN)
     provider_of("onnxruntime", PLAIN, tmp_path)
     table = LatencyTable("here", "r", 1, 1, "float32", PLAIN.hash, {"a": Timing(1, 1, 1, 1)})

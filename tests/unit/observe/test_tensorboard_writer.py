@@ -1,7 +1,9 @@
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from efftrain_ds.observe.tensorboard import TensorBoard
@@ -17,6 +19,8 @@ def test_what_is_written_can_be_read(tmp_path: Path) -> None:
     board.scalars({"loss/train": 4.5, "stage/bandwidth": 96}, 10)
     board.image("batch", np.zeros((4, 6, 3), np.uint8), 10)
     board.text("plan", "stage  B\n1      96")
+    figure = SimpleNamespace(savefig=lambda file, format: Image.new("RGB", (7, 5)).save(file, format=format))
+    board.figure("curve", figure, 10)
     board.close()
     board.scalars({"loss/train": 1.0}, 11)  # after close: nothing
     events = read(tmp_path / "tb")
@@ -24,6 +28,7 @@ def test_what_is_written_can_be_read(tmp_path: Path) -> None:
     assert [(e.step, e.value) for e in events.Scalars("stage/bandwidth")] == [(10, 96.0)]
     picture = events.Images("batch")[0]
     assert (picture.height, picture.width) == (4, 6)
+    assert (events.Images("curve")[0].height, events.Images("curve")[0].width) == (5, 7)
     text = events.Tensors("plan/text_summary")[0].tensor_proto.string_val[0].decode()
     assert text == "    stage  B\n    1      96"
 

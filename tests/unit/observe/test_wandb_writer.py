@@ -16,6 +16,7 @@ import pytest
 from efftrain_ds.config.sections import ObserveConfig
 from efftrain_ds.core.errors import ConfigError
 from efftrain_ds.observe.wandb import Boards, WandB
+from tests.secret_values import VALUES, seen
 
 
 class FakeRun:
@@ -77,6 +78,14 @@ def test_everything_is_logged_over_the_optimizer_step(wandb: Any, tmp_path: Path
     assert run.finished
     assert not board.enabled
     assert (asked["project"], asked["mode"], asked["name"], asked["config"]) == ("p", "offline", "run", {"a": 1})
+
+
+@pytest.mark.parametrize("name", VALUES)
+def test_nothing_secret_is_sent(wandb: Any, tmp_path: Path, name: str) -> None:
+    board = WandB(tmp_path, project="p", config={"efftrain": {"data": {"train": VALUES[name]}}})
+    board.text("config", json.dumps({"train": VALUES[name]}, indent=1))
+    assert len(wandb.runs[0].logged) == 1
+    assert not seen([wandb.asked[0]["config"], wandb.runs[0].logged])
 
 
 def test_a_resume_goes_on_with_the_same_run(wandb: Any, tmp_path: Path) -> None:

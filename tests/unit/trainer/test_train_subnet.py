@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -11,13 +12,18 @@ import pytest
 import torch
 from PIL import Image
 
-from efftrain_ds import train_subnet
+from efftrain_ds import train_subnet, train_supernets
 from efftrain_ds.cli import main as cli
 from efftrain_ds.config.loader import load_config
-from efftrain_ds.core.errors import CheckpointError, ConfigError
+from efftrain_ds.core.errors import CheckpointError, ConfigError, ShardError
+from efftrain_ds.methods.elasticvit import search as search_module
+from efftrain_ds.methods.elasticvit.latency import LatencyTable, Timing
+from efftrain_ds.methods.elasticvit.latency_space import blocks_of
+from efftrain_ds.models.adapters import create_model
 from efftrain_ds.models.elastic import load_extracted
 from efftrain_ds.observe.report.subnets import read_found
-from efftrain_ds.train_subnet import SubnetSearch, load_supernet
+from efftrain_ds.train_subnet import SubnetSearch
+from efftrain_ds.train_supernets import load_supernet, measure_latency
 from tests.stored import save_model
 
 SMOKE = Path(__file__).resolve().parents[3] / "ds_configs" / "smoke_elasticvit_fmnist.json"
@@ -43,7 +49,7 @@ def made(folder: Path, *changes: str, plain: bool = False, seed_of_weights: int 
     config = load_config(SMOKE, overrides=found, world=1)
     model = config.efftrain.model
     torch.manual_seed(seed_of_weights)
-    net = train_subnet.create_model(model.name, resolution=28, num_classes=10, **model.kwargs)
+    net = create_model(model.name, resolution=28, num_classes=10, **model.kwargs)
     if not (folder / "checkpoints").is_dir():
         save_model(folder / "checkpoints" / "step-00000003", net, None, methods={"elasticvit": {"bank": None}})
     return config
@@ -141,6 +147,62 @@ def test_a_checkpoint_of_another_supernet(tmp_path: Path) -> None:
         SubnetSearch(made(tmp_path))
     with pytest.raises(CheckpointError, match="average"):
         load_supernet(config, SubnetSearch(config).found, 10, average=True)
+
+
+def test_a_table_of_latencies_is_measured_and_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "table.json"
+
+    def measured(space: Any, net: Any, path: Path, *, tell: Any) -> LatencyTable:
+        tell("2 blocks measured")
+        entries = {key: Timing(0.1, 0.1, 0.1, 1) for key in blocks_of(space)}
+        runtime, options = "onnxruntime 9", space.options(net)
+        table = LatencyTable("abacus", runtime, 1, 1, "float32", space.hash, entries, options=options)
+        table = dataclasses.replace(table, error=0.02, rank=0.99, scale=1.5)
+        table.save(path)
+        return table
+
+    monkeypatch.setattr(train_supernets, "measure_table", measured)
+    kwargs = {"space": {**json.loads(SMOKE.read_text())["efftrain"]["model"]["kwargs"]["space"]}, "norm": "gn1"}
+    given = ["--set", f"efftrain.model.kwargs={json.dumps(kwargs)}", "--measure_latency", str(file)]
+    assert cli.main(["search", "subnet", str(SMOKE), *given]) == 0
+    assert json.loads(file.read_text())["options"] == {"norm": "gn1"}
+    out = capsys.readouterr().out
+    assert "latency  2 blocks measured\n" in out
+    assert "latency  calibrated: mean error 2.0%, rank correlation 0.990 against whole networks, scale 1.500\n" in out
+    assert f"written  {file}" in out
+    assert cli.main(["search", "subnet", str(SMOKE), *given, "--output", str(tmp_path / "out")]) == 2
+    assert "--output and --checkpoint belong to a search" in capsys.readouterr().err
+    config = made(tmp_path, plain=True, latency=10.0, latency_from=str(file), evaluations=2, macs=None)
+    measure_latency(config, file)
+    search = SubnetSearch(config)
+    assert search.run()["latency"] <= 10
+    blocks = len(blocks_of(search.space))
+    assert (
+        f"latency  abacus, onnxruntime 9 with 1 thread, in ms, {blocks} blocks known; prices 300 of 300 random "
+        "sub-networks; calibrated: mean error 2.0%"
+    ) in capsys.readouterr().out
+
+
+def test_what_fails_is_agreed_on_before_the_ranks_meet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[Any] = []
+    monkeypatch.setattr(search_module, "gather", lambda value: [told.append(value), value][1:])
+    config = made(tmp_path, "efftrain.data.val=bundled:fashion_mnist/val", plain=True)
+    search = SubnetSearch(config)
+    assert told == [None]
+
+    def damaged(*args: Any, **more: Any) -> Any:
+        raise ShardError("validation sample 7: damaged")
+
+    monkeypatch.setattr(search, "_loader", damaged)
+    with pytest.raises(ShardError, match="validation sample 7"):
+        search._held_out(search.space.min())
+    assert told[1:] == [(ShardError, "validation sample 7: damaged")]
+    monkeypatch.setattr(train_subnet, "Checkpoint", damaged)
+    with pytest.raises(ShardError):
+        SubnetSearch(config)
+    assert len(told) == 3
 
 
 def test_timm_files_say_how_images_become_inputs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,6 +11,7 @@ from efftrain_ds.core.errors import ConfigError, ModelError
 from efftrain_ds.core.rng import numpy_rng
 from efftrain_ds.models.elastic import elasticvit_space, read_space, released_subnets
 from efftrain_ds.models.elastic.hybrid_space import StageSpec
+from efftrain_ds.models.elastic.named import space_of
 
 SPACE = elasticvit_space()
 TINY = elasticvit_space(divisor=4, num_classes=10, resolutions=(32, 40, 44, 48), head_width=32)
@@ -175,6 +176,46 @@ def test_hash_and_json_of_the_space():
     broken["stages"][3]["widths"] = [50]
     with pytest.raises(ConfigError, match="width 50 is no multiple of the head size 16"):
         read_space(broken)
+
+
+@pytest.mark.parametrize(("key", "value", "message"), [
+    ("head_dim", 0, r"space.head_dim is 0; a positive integer is needed"),
+    ("head_width", "128", r'space.head_width is "128"; a positive integer is needed'),
+    ("in_chans", True, r"space.in_chans is true; a positive integer"),
+    ("resolutions", [0], r"space.resolutions is \[0\]; a list of positive integers is needed"),
+    ("resolutions", 224, r"space.resolutions is 224; a list of positive integers is needed"),
+    ("resolutions", ["a"], r'space.resolutions is \["a"\]; a list'),
+    ("resolutions", [], r"resolution: choices \[\]; allowed: 1 to 127 different values"),
+    ("stages", None, r"space.stages is null; a list of objects is needed"),
+    ("stages", [1, 2], r"space.stages\[0\] is 1; an object is needed"),
+    ("kernels", 3, r"space.stages\[1\].kernels is 3; a list of positive integers is needed"),
+    ("depths", [0, 1], r"space.stages\[1\].depths is \[0, 1\]; a list of positive integers is needed"),
+    ("widths", [-8, 16], r"space.stages\[1\].widths is \[-8, 16\]; a list of positive"),
+    ("widths", [12.5], r"space.stages\[1\].widths is \[12.5\]; a list of positive"),
+    ("widths", [24, 16], r"conv1.width: choices \[24, 16\]; allowed: .* ascending"),
+    ("stride", "2", r'space.stages\[1\].stride is "2"; a positive integer'),
+    ("se", 1, r"space.stages\[1\].se is 1; true or false is needed"),
+    ("name", 3, r"space.stages\[1\].name is 3; a text is needed"),
+])  # fmt: skip
+def test_errors_in_a_space(key, value, message):
+    data = json.loads(json.dumps(SPACE.to_dict()))
+    (data if key in data else data["stages"][1])[key] = value
+    with pytest.raises(ConfigError, match=message):
+        read_space(data)
+
+
+@pytest.mark.parametrize(("name", "kwargs", "message"), [
+    ("elasticvit", {"divisor": 0}, "kwargs: divisor is 0; a positive integer"),
+    ("elasticvit", {"divisor": "4"}, 'kwargs: divisor is "4"; a positive integer'),
+    ("elasticvit", {"resolutions": 224}, "kwargs: resolutions is 224; a list of positive integers"),
+    ("elasticvit", {"space": [1]}, r"kwargs.space is \[1\]; an object is needed"),
+    ("elasticvit", {"space": {"space": ["plain_vit"]}}, r'kwargs.space.space is \["plain_vit"\]; allowed'),
+    ("elastic_autoformer_tiny", {"patch": 0}, "kwargs: patch is 0; a positive integer"),
+    ("elastic_autoformer_tiny", {"head_dim": 0}, "kwargs: head_dim is 0"),
+])  # fmt: skip
+def test_errors_in_arguments_of_a_model(name, kwargs, message):
+    with pytest.raises(ModelError, match=f"efftrain.model.{message}"):
+        space_of(name, kwargs, 10)
 
 
 def edit(config, path, value):

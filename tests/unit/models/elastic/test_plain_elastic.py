@@ -274,6 +274,18 @@ def test_other_errors():
         PlainSpace(widths=(8,), depths=(2, 5), heads=(1,), mlp=(2.0,), base=6).dimensions  # noqa: B018
     with pytest.raises(ConfigError, match='unknown entry "width"'):
         read_space(SPACE.to_dict() | {"width": [8]})
+    for change, message in (
+        ({"widths": 8}, "space.widths is 8; a list of positive integers is needed"),
+        ({"depths": [0, 1]}, r"space.depths is \[0, 1\]; a list of positive integers is needed"),
+        ({"depths": []}, r"space: depths is \[\]; at least one"),
+        ({"mlp": ["a"]}, r'space.mlp is \["a"\]; a list of positive numbers is needed'),
+        ({"mlp": [float("nan")]}, "space.mlp is .NaN.; a list of positive numbers"),
+        ({"patch": 0}, "space.patch is 0; a positive integer is needed"),
+        ({"base": 0}, "space.base is 0; a positive integer or null is needed"),
+        ({"qkv_bias": "no"}, 'space.qkv_bias is "no"; true or false is needed'),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            read_space(SPACE.to_dict() | change)
     with pytest.raises(ModelError, match="takes other arguments"):
         SPACE.supernet(stem="conv")
 
