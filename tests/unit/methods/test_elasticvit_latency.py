@@ -93,7 +93,8 @@ def test_a_measured_table_serves_a_search(tmp_path: Path) -> None:
     blocks = blocks_of(SMALL)
     assert load_latency(file) == table
     assert set(table.entries) == set(blocks)
-    assert Session.opened == len(blocks) + 3
+    assert Session.opened == len(blocks) + 1 + 3  # an empty call beside the blocks, whole networks
+    assert (table.scale, table.error) == pytest.approx((1.0, 0.0))  # a network is its blocks and one call
     assert table.error is not None
     assert table.rank is not None
     assert table.options == {"norm": "gn1"}
@@ -101,7 +102,7 @@ def test_a_measured_table_serves_a_search(tmp_path: Path) -> None:
     assert lines[-1] == "comparing sums with 3 random sub-networks as a whole"
     # what is known is not measured again
     measure_table(SMALL, SMALL.supernet(norm="gn1"), file, compared=2)
-    assert Session.opened == len(blocks) + 5
+    assert Session.opened == len(blocks) + 1 + 5
     net = SMALL.supernet(norm="gn1")
     config = SearchConfig(latency=100.0, latency_from=str(file), evaluations=4, population=2)
     (limit,) = limits_of(config, SMALL, "exact", None, net)
@@ -110,7 +111,7 @@ def test_a_measured_table_serves_a_search(tmp_path: Path) -> None:
     own = Search(config, SMALL, SimpleNamespace(score=lambda one: Score(0.5, 1.0)), [limit])  # type: ignore[arg-type]
     own.run()
     assert all(row["latency"] <= 100 for row in own.table())
-    assert Session.opened == len(blocks) + 5
+    assert Session.opened == len(blocks) + 1 + 5
     with pytest.raises(ConfigError, match=r"for networks with \{'norm': 'gn1'\}, these have \{'norm': 'ln'\}"):
         limits_of(config, SMALL, "exact", None, SMALL.supernet())
 
