@@ -27,7 +27,7 @@ def launch(*arguments: str, ranks: int = 2) -> subprocess.CompletedProcess:
 
 
 def test_a_run_and_its_continuation(tmp_path):
-    changes = ["--set", f"efftrain.run.output={tmp_path}", "--set", "efftrain.run.epochs=0.5"]
+    changes = ["--set", f"efftrain.run.output={tmp_path}", "--set", "efftrain.run.epochs=0.25"]
     changes += ["--set", "efftrain.data.val=null", "--set", "efftrain.observe.log_every=5"]
     done = launch("--ds_config", CONFIG, *changes)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]

@@ -14,7 +14,7 @@ pytestmark = pytest.mark.dist
     [
         pytest.param(0, "fp32", "interleaved", marks=pytest.mark.slow),
         (1, "fp32", "interleaved"),
-        (2, "fp32", "suffix"),
+        pytest.param(2, "fp32", "suffix", marks=pytest.mark.slow),
         pytest.param(3, "fp32", "interleaved", marks=pytest.mark.slow),
         pytest.param(1, "bf16", "interleaved", marks=pytest.mark.slow),
         (3, "fp32", "suffix"),

@@ -40,7 +40,8 @@ def _initialize(found, **given) -> None:
         startup.initialize(model=nn.Linear(2, 2), config=config, methods=[method], schedule=object(), **given)
 
 
-def test_ranks_join_before_methods_prepare(calls):
+def test_ranks_join_before_methods_prepare(calls, monkeypatch):
+    monkeypatch.setattr(startup.dist, "is_initialized", lambda: False)
     _initialize(calls, distributed_port=1234, dist_init_required=True)
     given = {"dist_backend": "theirs", "distributed_port": 1234, "dist_init_required": True}
     assert calls == [("join", given), ("device", 1), "prepare"]
