@@ -12,7 +12,7 @@ export TORCH_EXTENSIONS_DIR := $(CURDIR)/.torch_extensions
 GPUS := $(shell nvidia-smi -L 2>/dev/null | grep -c "^GPU ")
 LAUNCH := $(if $(filter 0,$(GPUS)),$(BIN)/deepspeed --num_accelerators $(RANKS),$(BIN)/deepspeed --num_gpus $(shell echo $$(( $(GPUS) < $(RANKS) ? $(GPUS) : $(RANKS) ))))
 
-.PHONY: setup train measure plan test test-all lint docs clean
+.PHONY: setup train measure plan test test-all test-kernels lint docs clean
 
 setup: $(VENV)/.ready
 
@@ -33,11 +33,20 @@ measure: setup
 train: setup
 	$(LAUNCH) launch/train.py --ds_config $(CONFIG)
 
+# one process for each core where a test is one process; the others start two ranks themselves and run one by one
+ALONE := -n logical --maxprocesses 8 --dist loadfile tests/unit tests/kernels
+RANKED := tests/distributed tests/faults
+
 test: setup lint
-	$(BIN)/python -m pytest -m "not slow" tests
+	@status=0; $(BIN)/python -m pytest -m "not slow" $(ALONE) || status=$$?; \
+	$(BIN)/python -m pytest -m "not slow" $(RANKED) || status=$$?; exit $$status
 
 test-all: setup lint
-	$(BIN)/python -m pytest tests
+	@status=0; $(BIN)/python -m pytest $(ALONE) || status=$$?; \
+	$(BIN)/python -m pytest $(RANKED) || status=$$?; exit $$status
+
+test-kernels: setup
+	$(BIN)/python -m pytest -m "not slow" -n logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder tests/kernels
 
 lint: setup
 	$(BIN)/ruff check .

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from pathlib import Path
@@ -17,6 +18,11 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 if not os.path.exists("/dev/nvidiactl"):
     # Triton decides when a kernel is defined; our kernels still run only where a test asks for them
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+def pytest_collection_finish():
+    """What imports and the collection leave stays: no collection of garbage need look through it."""
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import socket
 import traceback
@@ -36,6 +37,7 @@ def _serve(rank: int, world: int, port: int, connection) -> None:
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     deepspeed.init_distributed("gloo")
+    gc.freeze()  # what the imports leave is no garbage: each rebuild collects, and would look through it again
     while True:
         message = connection.recv()
         if message is None:

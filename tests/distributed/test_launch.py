@@ -26,15 +26,23 @@ def launch(*arguments: str, ranks: int = 2) -> subprocess.CompletedProcess:
     return done
 
 
-def test_a_run_and_its_continuation(tmp_path):
-    changes = ["--set", f"efftrain.run.output={tmp_path}", "--set", "efftrain.run.epochs=0.25"]
-    changes += ["--set", "efftrain.data.val=null", "--set", "efftrain.observe.log_every=5"]
-    done = launch("--ds_config", CONFIG, *changes)
+def short(output: Path) -> list[str]:
+    changes = {"run.output": output, "run.epochs": 0.25, "data.val": "null", "observe.log_every": 5}
+    return [part for path, value in changes.items() for part in ("--set", f"efftrain.{path}={value}")]
+
+
+def test_a_run(tmp_path):
+    done = launch("--deepspeed_config", CONFIG, *short(tmp_path))
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     assert "fresh start" in done.stdout
     assert "plan against actual" in done.stdout
     assert done.stdout.count("fresh start") == 1
-    again = launch("--deepspeed_config", CONFIG, *changes)
+
+
+@pytest.mark.slow
+def test_a_continuation(tmp_path):
+    assert launch("--ds_config", CONFIG, *short(tmp_path)).returncode == 0
+    again = launch("--ds_config", CONFIG, *short(tmp_path))
     assert again.returncode == 0
     assert "resumed from step-" in again.stdout
 

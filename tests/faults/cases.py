@@ -566,7 +566,7 @@ class Suite:
                 time.sleep(0.02)
 
         output = self.fresh("loader")
-        outcome = self.fleet.run(config_of(output, **{"efftrain/data/workers": 1}), during=kill_worker)
+        outcome = self.fleet.run(config_of(output, **{"efftrain/data/workers": 1}), during=kill_worker, grace_s=8)
         said = "\n".join(outcome.text)
         problems = [] if 0 not in outcome.codes and "worker" in said else [f"ended with {outcome.codes}: {said[-400:]}"]
         row.trial("loader process", problems)
@@ -597,7 +597,7 @@ CASES: dict[str, Callable[[Suite], Row]] = {
 }
 
 
-_HELD_OUT = {"efftrain/data/val": "bundled:fashion_mnist/val"}
+_HELD_OUT = {"efftrain/data/val": "bundled:fashion_mnist/val", "efftrain/data/eval_batch": 125}
 _WATCHED: dict[str, Any] = {"efftrain/observe/tensorboard": ..., "efftrain/observe/images_every": ...}
 """Curves and pictures, as without any setting."""
 _HEARD = "press again to abort"

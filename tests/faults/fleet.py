@@ -71,7 +71,7 @@ class Fleet:
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
         self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(["efftrain_ds.trainer", "deepspeed", "timm"])
+        self._context.set_forkserver_preload(["efftrain_ds.trainer", "deepspeed", "timm", "tests.faults.frozen"])
         self._runs = 0
         self._logs: list[Path] = []
 

@@ -41,17 +41,18 @@ def from_launch():
         matmul[(1,)](a, b, c, 72, 64, M=64, N=64, K=64, ACC=tl.float32, UPCAST=False, num_warps=4, num_stages=2)
 
     ((kernel, signature, constants, options),) = recorded(launch)
-    return GateCase("recorded", kernel, signature, constants, **options)
+    return GateCase("recorded", kernel, signature, constants, quick=True, **options)
 
 
 def gate_cases():
     more = [] if interpreted() else [from_launch()]
     return [
-        case("good", exp2=True),
+        case("good", exp2=True, quick=True),
         *more,
-        case("mma instead of wgmma", m=32),
-        case("spilling", m=64, n=128, k=16, num_warps=1, wgmma=False),
-        case("shared", m=16, n=128, k=128, num_stages=4, capability=89, wgmma=False),
+        case("mma instead of wgmma", m=32, quick=True),
+        case("spilling", m=64, n=128, k=16, num_warps=1, wgmma=False, quick=True),
+        case("shared", m=16, n=128, k=128, num_stages=4, capability=89, wgmma=False, quick=True),
         case("ampere", capability=80, wgmma=False, quick=True),
-        case("unknown argument", signature={"a": "*bf16", "bb": "*bf16"}),
+        case("unknown argument", signature={"a": "*bf16", "bb": "*bf16"}, quick=True),
+        case("for the long tests", num_warps=8),
     ]

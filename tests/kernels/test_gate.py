@@ -18,9 +18,10 @@ import torch
 
 pytest.importorskip("triton", reason="the code gate compiles with Triton")
 
-from efftrain_ds.kernels.gate import Compiled, GateCase, check, collect, compile_kernel, main, recorded
+from efftrain_ds.kernels.gate import MODULES, Compiled, GateCase, check, collect, compile_kernel, main, recorded
 
 HERE = Path(__file__).parent
+SAMPLES = {"good", "recorded", "mma instead of wgmma", "spilling", "shared", "ampere", "unknown argument"}
 
 
 def gate(*arguments, timeout=280):
@@ -38,9 +39,19 @@ def violations(rows):
     return {f"{name} sm_{capability}": row["wrong"] for (name, capability), row in rows.items() if row["wrong"]}
 
 
-def test_rules_on_samples():
-    code, rows = gate("--module", "gate_samples", "--processes", "1")  # "recorded" is then found in the cache
+@pytest.fixture(scope="module")
+def quick():
+    """Exit code and rows of the samples and of one variant of each kernel: two runs would import everything twice."""
+    modules = [part for name in ("gate_samples", *MODULES[:-1]) for part in ("--module", name)]
+    code, rows = gate("--quick", *modules, "--processes", "1")  # "recorded" is then found in the cache
+    samples = {key: rows.pop(key) for key in list(rows) if key[0] in SAMPLES}
+    return code, samples, rows
+
+
+def test_rules_on_samples(quick):
+    code, rows, _ = quick
     assert code == 1
+    assert {name for name, _ in rows} == SAMPLES
     wrong = {name: row["wrong"] for (name, _), row in rows.items()}
     assert wrong["good"] == wrong["ampere"] == []
     assert len(wrong["mma instead of wgmma"]) == 2
@@ -62,10 +73,9 @@ def test_rules_on_samples():
     assert good["shared_bytes"] >= 2 * 64 * 64 * 2
 
 
-def test_shipped_kernels_quick():
-    code, rows = gate("--quick")
+def test_shipped_kernels_quick(quick):
+    _, _, rows = quick
     assert violations(rows) == {}
-    assert code == 0
     assert all(capability == 90 for _, capability in rows)
     assert len(rows) == 6  # one of each kernel: a minute of compilation would be too much here
 
@@ -156,5 +166,8 @@ def test_refuses_interpreted_kernels_and_double_names(monkeypatch, capsys):
         collect(["gate_samples", "gate_samples"])
     assert main(["--module", "gate_samples", "--only", "nothing"]) == 2
     assert "no such case" in capsys.readouterr().err
-    assert main(["--module", "gate_samples", "--list", "--quick"]) == 0
+    assert main(["--module", "gate_samples", "--list", "--only", "r"]) == 0
+    assert "sm_90 for the long tests\n" in capsys.readouterr().out
+    assert main(["--module", "gate_samples", "--list", "--quick", "--only", "r", "--capability", "80"]) == 0
     assert capsys.readouterr().out == "sm_80 ampere\n"
+    assert main(["--module", "gate_samples", "--list", "--quick", "--only", "for the long"]) == 2
