@@ -23,7 +23,7 @@ from .checkpoint.reader import AVERAGE, Checkpoint
 from .checkpoint.survey import newest
 from .config.loader import LoadedConfig, build_methods
 from .core.errors import ConfigError
-from .core.ranks import from_first
+from .core.ranks import from_first, from_first_only, on_every_rank
 from .data.augment.chain import normalize
 from .data.evaluation import EvalLoader
 from .data.manifest import Manifest
@@ -31,7 +31,7 @@ from .methods.elasticvit.bank import MemoryBank
 from .methods.elasticvit.calibrate import batch_norms
 from .methods.elasticvit.config import KEY, ElasticViTConfig, levels_of
 from .methods.elasticvit.levels import macs_text, shape_text
-from .methods.elasticvit.search import Labelled, Scorer, Search, from_first_only, latency_of, limits_of, on_every_rank
+from .methods.elasticvit.search import Labelled, Scorer, Search, latency_of, limits_of
 from .models.elastic import save_extracted
 from .observe.console import Console
 from .observe.report.figures import to_png

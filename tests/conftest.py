@@ -25,6 +25,11 @@ def pytest_collection_finish():
     gc.freeze()
 
 
+def pytest_sessionfinish():
+    """What is still frozen at the end of Python would be reported as leaked by some libraries."""
+    gc.unfreeze()
+
+
 @pytest.fixture(scope="session")
 def ranks():
     """Callable ``ranks(function, *args, world=2)``: runs ``function(*args)`` on each rank; returns their results."""

@@ -49,6 +49,7 @@ def _serve(rank: int, world: int, port: int, connection) -> None:
         except BaseException:
             connection.send((False, traceback.format_exc()))
     torch.distributed.destroy_process_group()
+    gc.unfreeze()
 
 
 class RankPool:

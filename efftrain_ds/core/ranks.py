@@ -64,6 +64,13 @@ def from_first(action: Callable[[], T]) -> T:
     return answer[0]
 
 
+def from_first_only(make: Callable[[], T]) -> T | None:
+    """What `make` returns on rank 0, None on the others; an error there is raised on all. Collective."""
+    made: list[T] = []
+    from_first(lambda: made.append(make()))
+    return made[0] if made else None
+
+
 def text_of(error: Exception) -> str:
     """An error in words; the class is named where the text alone may not say enough."""
     return str(error) if isinstance(error, EffTrainError) else f"{type(error).__name__}: {error}"
@@ -104,6 +111,28 @@ def agree(problem: str | None, error: type[EffTrainError], what: str = "") -> No
         ranks = "" if len(where) == len(found) else f"(rank {', '.join(where)} of {len(found)})"
         head = " ".join(part for part in (what, ranks) if part)
         raise error(f"{head}: {'; '.join(texts)}" if head else "; ".join(texts))
+
+
+def on_every_rank(action: Callable[[], T]) -> T:
+    """What `action` returns on this rank; what it raises on any rank is raised on all. Collective.
+
+    Raises:
+        Exception: what `action` raised here; elsewhere the same error of the package, else an `EffTrainError`.
+    """
+    made: list[T] = []
+    own: Exception | None = None
+    try:
+        made.append(action())
+    except Exception as error:  # whatever it is, the other ranks wait for this one
+        own = error
+    found = gather(None if own is None else (type(own), text_of(own)))
+    if own is not None:
+        raise own
+    for number, problem in enumerate(found):
+        if problem is not None:
+            kind, text = problem
+            raise (kind if issubclass(kind, EffTrainError) else EffTrainError)(f"rank {number}: {text}")
+    return made[0]
 
 
 def same_on_all(decision: str, what: str) -> str:

@@ -9,6 +9,7 @@ import torch.distributed as dist
 
 from efftrain_ds import train_subnet
 from efftrain_ds.core.errors import EffTrainError, ShardError
+from efftrain_ds.core.ranks import on_every_rank
 from efftrain_ds.methods.elasticvit.config import SearchConfig
 from efftrain_ds.methods.elasticvit.search import Score, Search, limits_of
 from tests.distributed.elasticvit_jobs import PLAIN
@@ -46,7 +47,7 @@ def one_fails_job() -> list[tuple[str, str]]:
     whole = SimpleNamespace(_judge=judge, world=2)
     errors.append(_error_of(lambda: train_subnet.SubnetSearch._held_out(whole, None)))  # type: ignore[arg-type]
     try:
-        train_subnet.on_every_rank(lambda: load(None))
+        on_every_rank(lambda: load(None))
     except (EffTrainError, OSError) as error:
         errors.append((type(error).__name__, str(error)))
     dist.barrier()  # no rank is left in another collective

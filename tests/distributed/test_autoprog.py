@@ -144,7 +144,7 @@ def test_a_search_may_fill_its_stage(ranks):
         slow(SEARCHED, 1, [8]),
         slow(SEARCHED, 1, [1, 7]),
         slow(SEARCHED, 3, [8]),
-        (STACKED, 1, [8]),
+        slow(STACKED, 1, [8]),
         slow(STACKED, 1, [5, 16]),
         slow(STACKED, 2, [11]),
     ],

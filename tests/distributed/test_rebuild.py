@@ -285,7 +285,7 @@ def test_a_failure_without_the_old_state_says_so(ranks):
         assert "the old state was given up (keep_old is false)" in text
 
 
-@pytest.mark.parametrize("stage", [3, *(pytest.param(stage, marks=slow) for stage in (0, 1, 2))])
+@pytest.mark.parametrize("stage", [2, *(pytest.param(stage, marks=slow) for stage in (0, 1, 3))])
 def test_nothing_of_a_replaced_engine_lives_on(ranks, stage):
     for result in ranks(jobs.leak_job, stage, 5):
         assert result["alive"] == [0] * 5

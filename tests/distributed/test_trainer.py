@@ -21,7 +21,7 @@ EDGES = [1, 9, 10, 17]
 @pytest.mark.parametrize(
     ("stage", "stops"),
     [
-        (0, [10]),
+        pytest.param(0, [10], marks=pytest.mark.slow),
         (2, [9]),
         (3, [9]),
         *(pytest.param(stage, EDGES, marks=pytest.mark.slow) for stage in (0, 1, 2, 3)),

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.dist
         pytest.param(2, "fp32", "suffix", marks=pytest.mark.slow),
         pytest.param(3, "fp32", "interleaved", marks=pytest.mark.slow),
         pytest.param(1, "bf16", "interleaved", marks=pytest.mark.slow),
-        (3, "fp32", "suffix"),
+        pytest.param(3, "fp32", "suffix", marks=pytest.mark.slow),
     ],
 )
 def test_only_what_is_unfrozen_trains(ranks, stage, dtype, order):

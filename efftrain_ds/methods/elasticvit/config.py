@@ -98,8 +98,8 @@ class SearchConfig(StrictModel):
     """Latency in the unit of `latency_from`: at most, or from and to."""
     latency_from: str = "onnxruntime"
     """"onnxruntime" measures blocks on this machine's processor with one thread and adds them up, in a search on one
-    rank; else the JSON file of a latency table, or "package.module:function", which gets the space and returns a
-    provider of one's own."""
+    rank; else the JSON file of a latency table ("efftrain search subnet FILE --measure_latency TABLE" writes that of a
+    whole space), or "package.module:function", which gets the space and returns a provider of one's own."""
     algorithm: Literal["evolution", "random"] = "evolution"
     """Evolution, or random sub-networks within the limits."""
     evaluations: int = Field(1000, ge=1)

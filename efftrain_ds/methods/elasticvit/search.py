@@ -11,7 +11,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ...core.errors import CheckpointError, ConfigError, EffTrainError
 from ...core.files import write_whole
-from ...core.ranks import from_first, gather, rank, text_of, world_size
+from ...core.ranks import from_first, from_first_only, gather, on_every_rank, rank, world_size
 from ...models.elastic import Space
 from .calibrate import calibrate
 from .config import KEY, SearchConfig
@@ -34,7 +34,6 @@ STATE, LATENCIES = "state.json", "latency.json"
 """Files in the folder of a search: what it goes on from, and the blocks that were measured for it."""
 _PART = 8
 """Sub-networks that a rank evaluates between two savings of the state."""
-T = TypeVar("T")
 Labelled = tuple[Tensor, Tensor]
 """(images [B, C, H, W] uint8, labels [B])."""
 
@@ -324,32 +323,3 @@ class Search:
                 row["latency"] = float(self._latency.measure(self.space.codes(one.config)[None])[0])
             rows.append(row)
         return rows
-
-
-def from_first_only(make: Callable[[], Any]) -> Any:
-    """What `make` returns on rank 0, None on the others; an error there is raised on all. Collective."""
-    made: list[Any] = []
-    from_first(lambda: made.append(make()))
-    return made[0] if made else None
-
-
-def on_every_rank(action: Callable[[], T]) -> T:
-    """What `action` returns on this rank; what it raises on any rank is raised on all. Collective.
-
-    Raises:
-        Exception: what `action` raised here; elsewhere the same error of the package, else an `EffTrainError`.
-    """
-    made: list[T] = []
-    own: Exception | None = None
-    try:
-        made.append(action())
-    except Exception as error:  # whatever it is, the other ranks wait for this one
-        own = error
-    found = gather(None if own is None else (type(own), text_of(own)))
-    if own is not None:
-        raise own
-    for number, problem in enumerate(found):
-        if problem is not None:
-            kind, text = problem
-            raise (kind if issubclass(kind, EffTrainError) else EffTrainError)(f"rank {number}: {text}")
-    return made[0]

@@ -10,17 +10,17 @@ from typing import Any
 
 import pytest
 
-from efftrain_ds.core.errors import ConfigError, EffTrainError, ModelError, ShardError
-from efftrain_ds.core.ranks import text_of
+from efftrain_ds.core import ranks
+from efftrain_ds.core.errors import ConfigError, ModelError
 from efftrain_ds.core.rng import numpy_rng
-from efftrain_ds.methods.elasticvit import latency_blocks, latency_ort, search
+from efftrain_ds.methods.elasticvit import latency_blocks, latency_ort
 from efftrain_ds.methods.elasticvit.config import SearchConfig
 from efftrain_ds.methods.elasticvit.latency import Coverage, LatencyTable, TableLatency, Timing, load_latency
 from efftrain_ds.methods.elasticvit.latency_keys import block_keys
 from efftrain_ds.methods.elasticvit.latency_ort import Measured
 from efftrain_ds.methods.elasticvit.latency_space import blocks_of, measure_table, provider_text, trust_text
 from efftrain_ds.methods.elasticvit.limits import latency_limit
-from efftrain_ds.methods.elasticvit.search import Score, Search, latency_of, limits_of, on_every_rank, provider_of
+from efftrain_ds.methods.elasticvit.search import Score, Search, latency_of, limits_of, provider_of
 from efftrain_ds.models.elastic.hybrid_space import StageSpec
 from tests.distributed.elasticvit_jobs import HYBRID, PLAIN
 
@@ -221,32 +221,14 @@ def test_providers_that_fail() -> None:
 # What fails on one rank
 
 
-def test_an_error_on_one_rank_is_raised_on_all(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_of_a_candidate_is_told_to_the_other_ranks_first(monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[Any] = []
-
-    def gathered(value: Any) -> list[Any]:
-        told.append(value)
-        return [value, *others]
-
-    monkeypatch.setattr(search, "gather", gathered)
-    others: list[Any] = [None]
-    assert on_every_rank(lambda: 3) == 3
-    others = [(ShardError, "sample 3 is damaged")]
-    with pytest.raises(ShardError, match="rank 1: sample 3 is damaged"):
-        on_every_rank(lambda: 3)
-    others = [(MemoryError, text_of(MemoryError("full")))]
-    with pytest.raises(EffTrainError, match="rank 1: MemoryError: full"):
-        on_every_rank(lambda: 3)
-    others, told[:] = [None], []
-    with pytest.raises(ZeroDivisionError):
-        on_every_rank(lambda: 1 // 0)
-    assert told[0][0] is ZeroDivisionError  # the others were told first
+    monkeypatch.setattr(ranks, "gather", lambda value: told.append(value) or [value, None])
 
     def fail(one: Any) -> Score:
         raise ModelError("too large")
 
     config = SearchConfig(macs=10**9, evaluations=2, population=2)
-    told.clear()
     own = Search(config, PLAIN, SimpleNamespace(score=fail), limits_of(config, PLAIN, "exact"))  # type: ignore[arg-type]
     with pytest.raises(ModelError, match="too large"):
         own.run()
