@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
-import logging
-import warnings
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -14,6 +9,7 @@ from torch import Tensor, nn
 
 from ..core import packages
 from ..core.errors import ModelError
+from ..models.onnx import onnx_program
 
 TOLERANCE = 1e-4
 
@@ -44,21 +40,14 @@ def write(model: nn.Module, images: Tensor, path: Path, *, batch: int | None = N
     """
     import onnxruntime
 
-    try:
-        with _quiet():
-            torch.onnx.export(
-                model,
-                (images[: batch or 2],),
-                str(path),
-                input_names=["images"],
-                output_names=["logits"],
-                dynamic_shapes=({0: torch.export.Dim("batch")},) if batch is None else None,
-                dynamo=True,
-                external_data=False,
-                verbose=False,
-            )
-    except Exception as error:  # the exporter raises many types
-        raise ModelError(f"{type(model).__name__} cannot be written as ONNX: {_first_line(error)}") from error
+    program = onnx_program(
+        model,
+        images[: batch or 2],
+        input_names=["images"],
+        output_names=["logits"],
+        dynamic_shapes=({0: torch.export.Dim("batch")},) if batch is None else None,
+    )
+    program.save(str(path), external_data=False)
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     worst = 0.0
     for part in (images[:1], images[:2], images) if batch is None else images.split(batch):
@@ -71,20 +60,3 @@ def write(model: nn.Module, images: Tensor, path: Path, *, batch: int | None = N
     if not worst <= TOLERANCE:
         raise ModelError(f"{path}: logits differ by {worst:.2g} from the model's, allowed: {TOLERANCE:g}")
     return worst
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """The exporter tells a long story on the screen."""
-    level = logging.getLogger("torch.onnx").level
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-        warnings.simplefilter("ignore")
-        try:
-            yield
-        finally:
-            logging.getLogger("torch.onnx").setLevel(level)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -6,12 +6,9 @@ interleaved rounds, so that other load on the machine meets all of them; the med
 
 from __future__ import annotations
 
-import contextlib
 import io
-import logging
 import statistics
 import time
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,9 +18,10 @@ import torch
 from torch import nn
 
 from ...core import packages
-from ...core.errors import ConfigError, ModelError
+from ...core.errors import ConfigError
 from ...cost.throughput import machine_name
 from ...models.elastic import Space
+from ...models.onnx import onnx_program
 from .latency import Coverage, Timing
 from .latency_keys import block_keys
 
@@ -75,20 +73,8 @@ def onnx_bytes(model: nn.Module, inputs: torch.Tensor) -> bytes:
     Raises:
         ModelError: torch cannot express the network in ONNX.
     """
-    level = logging.getLogger("torch.onnx").level
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), torch.no_grad():
-            warnings.simplefilter("ignore")
-            program = torch.onnx.export(model, (inputs,), dynamo=True, verbose=False)
-            assert program is not None
-            buffer = io.BytesIO()
-            program.save(buffer)
-    except Exception as error:  # the exporter raises many types
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ModelError(f"{type(model).__name__} cannot be written as ONNX: {first}") from error
-    finally:
-        logging.getLogger("torch.onnx").setLevel(level)
+    buffer = io.BytesIO()
+    onnx_program(model, inputs).save(buffer)
     return buffer.getvalue()
 
 
