@@ -31,6 +31,7 @@ from .zero.checks import agree_equal
 from .zero.ema import ShardedEma
 from .zero.rebuild import Rebuilder, Report
 from .zero.request import RebuildRequest, compose_requests
+from .zero.skip import forget_gradients
 
 _HOOKS = ("on_stage_enter", "on_step_start", "on_pass", "on_batch", "on_boundary", "on_step_end", "loss_term")
 
@@ -421,6 +422,8 @@ class EfficientEngine(Checkpointing):
         if boundary:
             self._in_flight = False
             applied = engine.was_step_applied()
+            if self.passes > 1:  # those of the next step may run other layers each
+                forget_gradients(engine)
             for method in self._hooks["on_step_end"]:
                 method.on_step_end(ctx, applied)
             if applied and self.ema is not None:  # after the methods: they may correct the step (masks, skipped blocks)

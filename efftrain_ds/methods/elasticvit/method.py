@@ -249,7 +249,7 @@ class ElasticVit(Method):
     def on_step_end(self, ctx: Context, applied: bool) -> None:
         """Tell the memory bank how well the new sub-networks do."""
         assert self._update is not None
-        self._update.after(ctx.engine.deepspeed_engine)
+        self._update.after()
         self.targets.end()
         ctx.engine.module.set_config(None)
         if self._memory is None or not applied:

@@ -11,7 +11,6 @@ from ...models.elastic.named import unused_parts
 from ...zero import access
 from ...zero.agc import UnitClip
 from ...zero.hold import Hold
-from ...zero.skip import forget_gradients
 from .config import KEY
 
 
@@ -69,10 +68,8 @@ class Update:
         # in the optimizer's step, before DeepSpeed sends the new weights around
         self._hook = self._layout.base.register_step_post_hook(lambda *_: hold.put_back())
 
-    def after(self, engine: Any) -> None:
-        """The step is over, whether it was applied or not. Sub-networks of the next one may run other blocks in each of
-        its passes, so nothing of its gradients may stay."""
-        forget_gradients(engine)
+    def after(self) -> None:
+        """The step is over, whether it was applied or not."""
         if self._hook is not None:
             self._hook.remove()
             self._hook = None
