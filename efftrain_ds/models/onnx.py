@@ -19,7 +19,7 @@ def onnx_program(model: nn.Module, inputs: Tensor, **options: Any) -> torch.onnx
 
     Args:
         model: in evaluation mode.
-        inputs: [N, C, H, W] example; its shape is that of the program unless `options` name dynamic axes.
+        inputs: example of its one input; the program takes this shape alone unless `options` name dynamic axes.
         options: of ``torch.onnx.export``.
 
     Raises:
