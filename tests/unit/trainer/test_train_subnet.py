@@ -15,8 +15,8 @@ from PIL import Image
 from efftrain_ds import train_subnet, train_supernets
 from efftrain_ds.cli import main as cli
 from efftrain_ds.config.loader import load_config
+from efftrain_ds.core import ranks
 from efftrain_ds.core.errors import CheckpointError, ConfigError, ShardError
-from efftrain_ds.methods.elasticvit import search as search_module
 from efftrain_ds.methods.elasticvit.latency import LatencyTable, Timing
 from efftrain_ds.methods.elasticvit.latency_space import blocks_of
 from efftrain_ds.models.adapters import create_model
@@ -187,7 +187,7 @@ def test_a_table_of_latencies_is_measured_and_used(
 
 def test_what_fails_is_agreed_on_before_the_ranks_meet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[Any] = []
-    monkeypatch.setattr(search_module, "gather", lambda value: [told.append(value), value][1:])
+    monkeypatch.setattr(ranks, "gather", lambda value: [told.append(value), value][1:])
     config = made(tmp_path, "efftrain.data.val=bundled:fashion_mnist/val", plain=True)
     search = SubnetSearch(config)
     assert told == [None]
