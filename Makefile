@@ -37,13 +37,10 @@ train: setup
 ALONE := -n logical --maxprocesses 8 --dist loadfile tests/unit tests/kernels
 RANKED := tests/distributed tests/faults
 
-test: setup lint
-	@status=0; $(BIN)/python -m pytest -m "not slow" $(ALONE) || status=$$?; \
-	$(BIN)/python -m pytest -m "not slow" $(RANKED) || status=$$?; exit $$status
-
-test-all: setup lint
-	@status=0; $(BIN)/python -m pytest $(ALONE) || status=$$?; \
-	$(BIN)/python -m pytest $(RANKED) || status=$$?; exit $$status
+test: SELECT := -m "not slow"
+test test-all: setup lint
+	@status=0; $(BIN)/python -m pytest $(SELECT) $(ALONE) || status=$$?; \
+	$(BIN)/python -m pytest $(SELECT) $(RANKED) || status=$$?; exit $$status
 
 test-kernels: setup
 	$(BIN)/python -m pytest -m "not slow" -n logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder tests/kernels
